@@ -1,0 +1,5 @@
+"""``python -m vlbench``: the same command line as ``vlbench``."""
+
+from vlbench.cli import main
+
+raise SystemExit(main())

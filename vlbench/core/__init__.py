@@ -1,0 +1,1 @@
+"""Types, cards, configuration and naming. Standard library, pydantic and YAML only; never torch."""
