@@ -27,16 +27,15 @@ def atomic_writer(path: Path | str, *, sync: bool = False) -> Iterator[IO[bytes]
             handle.flush()
             if sync:
                 os.fsync(handle.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files private; results are for colleagues too
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o666 & ~_umask())  # mkstemp makes files private; results are for colleagues too
+        Path(temporary).replace(path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write ``text`` as UTF-8 with ``\\n`` line ends, atomically."""
+    """Write ``text`` as UTF-8, line ends as they are, atomically."""
     with atomic_writer(path) as handle:
         handle.write(text.encode("utf-8"))
 

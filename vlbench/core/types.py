@@ -2,8 +2,9 @@
 
 Data flow::
 
-    Source ──Example──► Recipe ──► checkpoint ──► Backbone ──Features──► Adapter.predict ──Rows──► Adapter.score ──► Estimate
-                                                                                   └── Adapter.outcomes ──► paired tests
+    Source ──Example──► Recipe ──► checkpoint ──► Backbone ──Features──► Adapter.predict ──► Rows
+                                                      Rows ──► Adapter.score ──► Estimate, in the tables
+                                                      Rows ──► Adapter.outcomes ──► paired tests
 
 Tensor names end in a shape suffix: B batch, C channels or classes, H height, W width, N tokens or examples,
 D width of the pooled feature, E width of the joint image-text space.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, TypeAlias, runtime_checkable
 
 from pydantic import Field
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:  # never at run time: this module must load without torch
 
     from vlbench.core.cards import ModelCard
 
-RESULT_SCHEMA_VERSION = 1
+RESULT_SCHEMA_VERSION: Final = 1
 
 Part: TypeAlias = Literal["image", "text", "label", "regions"]
 """What an example may carry."""
@@ -160,6 +161,9 @@ class Recipe(Protocol):
     def loss(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
         """``{"loss": scalar, ...}``; further scalars are logged. Exact over ranks: see ``train/losses.py``."""
 
+    def after_step(self, model: torch.nn.Module) -> None:
+        """What must hold after every optimizer step: CLIP's clamp of the logit scale, say. Usually nothing."""
+
     def export(self, model: torch.nn.Module, config: Any, classes: Sequence[str]) -> Backbone:
         """The backbone to be measured, sharing the model's weights."""
 
@@ -217,7 +221,7 @@ class Estimate(Config):
 
 
 class Adapter(Protocol):
-    """One protocol of measurement. ``predict`` needs the model; the other two are pure numpy and can run for ever after.
+    """One protocol of measurement. ``predict`` needs the model; the rest is numpy and can run for ever after.
 
     ``config`` is always an instance of the adapter's own Config.
     """
@@ -232,7 +236,7 @@ class Adapter(Protocol):
     """The splits it reads; the last is the one it reports."""
 
     def predict(self, encoder: Any, data: Any, config: Any) -> Rows:
-        """One row per test example. ``encoder`` is an ``adapters.encoder.Encoder``, ``data`` a ``data.taskdata.TaskData``."""
+        """One row per test example, from an ``adapters.encoder.Encoder`` and a ``data.taskdata.TaskData``."""
 
     def outcomes(self, rows: Rows, config: Any) -> dict[str, Outcomes]:
         """Every metric as values per unit."""
