@@ -1,0 +1,1 @@
+"""Intervals, paired tests and ranks. Numpy and scipy; never torch."""
