@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vlbench.core.errors import UserError
+from vlbench.core.types import Rows
+from vlbench.store.examples import rows_from_parquet, rows_to_parquet
+
+COLUMNS = {
+    "id": ["a", "b/ü", "c"],
+    "label": np.array([2, 0, 1]),
+    "correct": np.array([True, False, True]),
+    "score": np.array([0.1, 1 / 3, -2.5], dtype=np.float32),
+    "precise": np.array([0.1, 1 / 3, 1e300]),
+    "top": np.arange(15, dtype=np.int32).reshape(3, 5),
+    "box": np.linspace(0, 1, 12).reshape(3, 2, 2),
+    "captions": [["x"], [], ["y", "z"]],
+}
+
+
+def test_rows_come_back_as_they_went() -> None:
+    rows = rows_from_parquet(rows_to_parquet(Rows(COLUMNS, {"C": 0.5, "names": ["cat", "dög"]})))
+    assert list(rows) == list(COLUMNS)
+    assert rows.meta == {"C": 0.5, "names": ["cat", "dög"]}
+    for name, values in COLUMNS.items():
+        if isinstance(values, np.ndarray):
+            assert rows[name].dtype == values.dtype
+            assert rows[name].shape == values.shape
+            assert np.array_equal(rows[name], values)
+        else:
+            assert rows[name] == values
+
+
+def test_string_arrays_come_back_as_lists() -> None:
+    rows = rows_from_parquet(
+        rows_to_parquet(Rows({"id": np.array(["x", "yy"]), "o": np.array(["p", "q"], dtype=object)}))
+    )
+    assert rows["id"] == ["x", "yy"]
+    assert rows["o"] == ["p", "q"]
+
+
+def test_nan_in_a_column_is_kept() -> None:
+    rows = rows_from_parquet(rows_to_parquet(Rows({"score": np.array([1.0, np.nan])})))
+    assert np.isnan(rows["score"][1])
+
+
+def test_rows_are_the_same_bytes_each_time() -> None:
+    assert rows_to_parquet(Rows(COLUMNS, {"b": 1, "a": 2})) == rows_to_parquet(Rows(COLUMNS, {"a": 2, "b": 1}))
+
+
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        (Rows({"id": ["a"], "x": np.zeros(2)}), "differ in length"),
+        (Rows({}), "no row"),
+        (Rows({"id": []}), "no row"),
+        (Rows({"id": ["a"]}, {"C": float("nan")}), "not JSON"),
+        (Rows({"id": ["a"]}, {"C": object()}), "not JSON"),
+    ],
+    ids=["ragged", "no columns", "no rows", "nan meta", "object meta"],
+)
+def test_impossible_rows_are_refused(rows: Rows, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        rows_to_parquet(rows)
+
+
+@pytest.mark.parametrize("data", [b"", b"not parquet at all", rows_to_parquet(Rows(COLUMNS))[:-20]])
+def test_damaged_parquet_is_a_value_error(data: bytes) -> None:
+    with pytest.raises(ValueError, match="not a Parquet file"):
+        rows_from_parquet(data)

@@ -1,0 +1,82 @@
+"""Per-example rows as Parquet bytes, and back.
+
+The rows are what a result rests on: with them every metric, interval and paired test can be made again without the
+model. They come back as what adapters compute with: numbers as numpy arrays of the same type and shape, strings as
+``list[str]``, anything ragged as nested lists.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlbench.core.errors import UserError
+from vlbench.core.fingerprint import canonical_json
+from vlbench.core.types import Rows
+
+_META = b"vlbench"
+
+
+def rows_to_parquet(rows: Rows) -> bytes:
+    """``rows`` as a Parquet file.
+
+    Raises:
+        UserError: where the columns differ in length, there is no row, or ``meta`` is not JSON (NaN included).
+    """
+    lengths = {name: len(rows[name]) for name in rows}
+    if not lengths or not len(rows):
+        raise UserError("there is no row to store: the reported split is empty")
+    if len(set(lengths.values())) > 1:
+        raise UserError(f"the columns of the rows differ in length: {lengths}")
+    try:
+        meta = canonical_json(dict(rows.meta))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the meta of the rows is not JSON: {error}") from None
+    table = pa.table({name: _to_arrow(rows[name]) for name in rows})
+    table = table.replace_schema_metadata({_META: meta.encode("utf-8")})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def rows_from_parquet(data: bytes) -> Rows:
+    """The rows in a Parquet file written by ``rows_to_parquet``. Raises ValueError where it is not one."""
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+        meta = json.loads((table.schema.metadata or {}).get(_META, b"{}"))
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"not a Parquet file of rows: {error}") from None
+    return Rows({name: _from_arrow(table.column(name)) for name in table.column_names}, meta)
+
+
+def _to_arrow(values: Any) -> Any:
+    array = np.asarray(values) if isinstance(values, np.ndarray) else None
+    if array is None or array.dtype.kind in "OUS":
+        return pa.array(values.tolist() if isinstance(values, np.ndarray) else list(values))
+    for width in array.shape[1:]:
+        if width == 0:
+            raise UserError(f"a column of the rows has the shape {array.shape}: there is nothing in it")
+    arrow = pa.array(np.ascontiguousarray(array).reshape(-1))
+    for width in reversed(array.shape[1:]):
+        arrow = pa.FixedSizeListArray.from_arrays(arrow, width)
+    return arrow
+
+
+def _from_arrow(column: Any) -> Any:
+    array = column.combine_chunks()
+    if isinstance(array, pa.ChunkedArray):  # what combine_chunks gives back for a column without chunks
+        array = pa.concat_arrays(array.chunks)
+    shape = [len(array)]
+    inner = array
+    while pa.types.is_fixed_size_list(inner.type):
+        shape.append(inner.type.list_size)
+        inner = inner.flatten()
+    is_number = pa.types.is_integer(inner.type) or pa.types.is_floating(inner.type) or pa.types.is_boolean(inner.type)
+    if is_number and not inner.null_count and len(inner) == int(np.prod(shape)):
+        return inner.to_numpy(zero_copy_only=False).reshape(shape)
+    return array.to_pylist()
