@@ -1,0 +1,1 @@
+"""One module per command: arguments in, exit status out. The only modules, with the command line, that print."""
