@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import open_clip
+import pytest
+import torch
+
+from vlbench.core.errors import UserError
+from vlbench.models.loaders import open_clip as loader
+
+TEXTS = ["a red circle", "two blue squares on a white ground"]
+
+
+@pytest.fixture
+def saved(tiny_open_clip, tmp_path):
+    """A tiny open_clip model and a file of its weights, by name."""
+
+    def save(name: str, **options):
+        torch.manual_seed(7)
+        model = open_clip.create_model(name, **options).eval()
+        path = tmp_path / f"{name}.pt"
+        # As open_clip's own trainer writes it.
+        state = {f"module.{key}": value for key, value in model.state_dict().items()}
+        torch.save({"epoch": 3, "name": "run", "state_dict": state}, path)
+        return model, str(path)
+
+    return save
+
+
+@pytest.mark.parametrize("name", ["tiny-vit", "tiny-rn", "tiny-timm", "tiny-coca"])
+def test_open_clip_weights_file_is_really_loaded(saved, name):
+    model, path = saved(name)
+    backbone = loader.load(name, weights=path)
+    images_BCHW = torch.randn(3, 3, 32, 32)
+    with torch.inference_mode():
+        image_BE = model.encode_image(images_BCHW, normalize=False)
+        text_BE = model.encode_text(open_clip.get_tokenizer(name)(TEXTS), normalize=False)
+    features = backbone.encode_image(images_BCHW)
+    torch.testing.assert_close(features.embed_BE, image_BE, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(backbone.encode_text(TEXTS), text_BE, rtol=1e-5, atol=1e-6)
+    assert backbone.weights_hash != loader.load(name, weights="random").weights_hash
+    assert backbone.card.provides >= {"pooled", "embed", "text"}
+
+
+def test_open_clip_feature_that_probes_read(saved):
+    model, path = saved("tiny-vit")
+    images_BCHW = torch.randn(2, 3, 32, 32)
+    features = loader.load("tiny-vit", weights=path).encode_image(images_BCHW)
+    assert features.pooled_BD.shape == (2, 32)  # before the projection to 24
+    with torch.inference_mode():
+        torch.testing.assert_close(features.pooled_BD @ model.visual.proj, features.embed_BE)
+    _, path = saved("tiny-rn")
+    features = loader.load("tiny-rn", weights=path).encode_image(images_BCHW)
+    assert torch.equal(features.pooled_BD, features.embed_BE)  # the attention pool's output
+
+
+def test_open_clip_weights_of_another_model_are_refused(saved):
+    _, path = saved("tiny-rn")
+    with pytest.raises(UserError, match="in open_clip:tiny-vit: does not fit the architecture"):
+        loader.load("tiny-vit", weights=path)
+
+
+TAGS = {
+    "openai": {"url": "https://example.org/ViT-tiny.pt", "hf_hub": "x/y/", "quick_gelu": True},
+    "laion": {"url": "https://example.org/vit-laion.pt", "hf_hub": "x/z/"},
+}
+
+
+@pytest.fixture
+def tagged(monkeypatch, tiny_open_clip):
+    from open_clip import pretrained
+
+    monkeypatch.setitem(pretrained._PRETRAINED, "tiny-vit", TAGS)
+
+
+def test_open_clip_activation_follows_the_tag(saved, tagged):
+    model, path = saved("tiny-vit", force_quick_gelu=True)
+    images_BCHW = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        expected_BE = model.encode_image(images_BCHW)
+    quick = loader.load("tiny-vit.openai", weights=path)
+    plain = loader.load("tiny-vit.laion", weights=path)
+    torch.testing.assert_close(quick.encode_image(images_BCHW).embed_BE, expected_BE, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(plain.encode_image(images_BCHW).embed_BE, expected_BE, atol=1e-4)
+    assert quick.weights_hash == plain.weights_hash
+    assert quick.card.arch == "tiny-vit-quickgelu" != plain.card.arch, "so that their fingerprints differ"
+
+
+def test_open_clip_names_weights_that_need_another_activation(saved, tagged, tmp_path):
+    model, _ = saved("tiny-vit")
+    for file in ("ViT-tiny.pt", "vit-laion.pt"):
+        torch.save(model.state_dict(), tmp_path / file)
+    with pytest.raises(UserError, match=r"trained with QuickGELU, .* ask for open_clip:tiny-vit\.openai"):
+        loader.load("tiny-vit", weights=str(tmp_path / "ViT-tiny.pt"))
+    with pytest.raises(UserError, match=r"trained with GELU, .* ask for open_clip:tiny-vit\.laion"):
+        loader.load("tiny-vit.openai", weights=str(tmp_path / "vit-laion.pt"))
+    marks = {key: torch.tensor(32) for key in ("input_resolution", "context_length", "vocab_size")}
+    torch.save(model.state_dict() | marks, tmp_path / "renamed.pt")
+    with pytest.raises(UserError, match="QuickGELU"):
+        loader.load("tiny-vit", weights=str(tmp_path / "renamed.pt"))
+    assert loader.load("tiny-vit.openai", weights=str(tmp_path / "renamed.pt")).card.weights == "openai"
+    torch.save(model.state_dict(), tmp_path / "from-openai.pt")
+    with pytest.warns(UserWarning, match="sounds like weights trained with QuickGELU"):
+        loader.load("tiny-vit", weights=str(tmp_path / "from-openai.pt"))
+
+
+def test_open_clip_preprocessing_must_be_known(saved, monkeypatch, tiny_open_clip):
+    from open_clip import pretrained
+
+    _, path = saved("tiny-vit")
+    half = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic", "resize_mode": "squash"}
+    monkeypatch.setitem(pretrained._PRETRAINED, "tiny-vit", {"a": half, "b": half | {"mean": (0.0, 0.0, 0.0)}})
+    with pytest.raises(UserError, match=r"differ in how images are prepared.*open_clip:tiny-vit\.a"):
+        loader.load("tiny-vit", weights=path)
+    preprocess = loader.load("tiny-vit.a", weights=path).card.preprocess
+    assert preprocess.mean == (0.5, 0.5, 0.5)
+    assert preprocess.resize == "squash"
+    assert preprocess.image_size == (32, 32)
+    monkeypatch.setitem(pretrained._PRETRAINED, "tiny-vit", {"a": half})
+    assert loader.load("tiny-vit", weights=path).card.preprocess == preprocess
+
+
+def test_open_clip_leaves_the_root_logger_alone(tiny_open_clip, capsys):
+    import logging
+
+    before = list(logging.getLogger().handlers), logging.root.manager.disable
+    loader.load("tiny-vit", weights="random")
+    assert (list(logging.getLogger().handlers), logging.root.manager.disable) == before
+    assert capsys.readouterr().err == ""

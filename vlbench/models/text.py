@@ -1,0 +1,172 @@
+"""The causal text tower and its tokenizer.
+
+Shapes: B batch, L tokens, D width, E joint space.
+
+A causal tower reads its feature at the end-of-text token, which nothing after it can reach. So a batch is padded to
+its own longest text, rounded up to 16 tokens, rather than to the full context: the same embedding for a fraction of
+the work (a caption has about 12 tokens, CLIP's context is 77). Why 16: a row of the softmax is summed in vector lanes,
+and at a length that the lanes do not divide the last bit differs. Rounded, a text's embedding is the same to the bit
+whatever the texts beside it, and a compiled tower sees five shapes instead of 77.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from vlbench.core.cards import TextSpec
+from vlbench.core.config import Config
+from vlbench.core.errors import UserError
+
+_LENGTH_STEP = 16
+_CACHED_TEXTS = 100_000  # token tuples kept per tokenizer: about 30 MB; prompts and captions come back every epoch
+
+
+class TextConfig(Config):
+    """Which text tower. The defaults are those of CLIP's RN50, ViT-B/32 and ViT-B/16."""
+
+    width: int = 512
+    layers: int = 12
+    heads: int = 8
+    context_length: int = Field(default=77, ge=3)
+    tokenizer: str = Field(default="open_clip", description="'open_clip': its byte-level BPE of 49,408 tokens")
+    quick_gelu: bool = Field(default=False, description="x * sigmoid(1.702 x), as OpenAI's CLIP and UniCL")
+    layer_norm_eps: float = Field(default=1e-5, description="UniCL: 1e-12")
+
+    def spec(self) -> TextSpec:
+        """What goes into the model card."""
+        return TextSpec(tokenizer=self.tokenizer, context_length=self.context_length)
+
+    def identity(self) -> str:
+        """The architecture in words: heads and activation leave no trace in the weights."""
+        activation = "quick-gelu" if self.quick_gelu else "gelu"
+        return f"text(w{self.width} l{self.layers} h{self.heads} {activation} eps{self.layer_norm_eps:g})"
+
+
+class TextTower(nn.Module):
+    """A pre-norm causal transformer, read at the end-of-text token, with a linear projection without bias.
+
+    CLIP, section 2.4. The network and its initialisation (token embedding N(0.02), position N(0.01), attention
+    width^-0.5, residual outputs scaled by depth) are open_clip's.
+    """
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """``text_BE``, not normalised, of token ids padded with zeros to any length up to the context."""
+        return causal_text_embedding(self.net, tokens_BL)
+
+
+def build_text(config: TextConfig, embed_dim: int) -> TextTower:
+    """A freshly initialised text tower into a joint space of ``embed_dim``."""
+    from functools import partial
+
+    from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer
+
+    if config.width % config.heads:
+        raise UserError(f"text tower: a width of {config.width} cannot be shared by {config.heads} heads")
+    if config.tokenizer != "open_clip":
+        raise UserError(f"text tower: tokenizer {config.tokenizer!r} cannot be trained with; use 'open_clip'")
+    net = TextTransformer(
+        context_length=config.context_length,
+        vocab_size=_byte_pair_encoder().vocab_size,
+        width=config.width,
+        heads=config.heads,
+        layers=config.layers,
+        output_dim=embed_dim,
+        act_layer=QuickGELU if config.quick_gelu else nn.GELU,
+        norm_layer=partial(LayerNorm, eps=config.layer_norm_eps),
+    )
+    return TextTower(net)
+
+
+def causal_text_embedding(net: Any, tokens_BL: torch.Tensor) -> torch.Tensor:
+    """``text_BE`` through the parts of an open_clip ``TextTransformer`` or ``CLIP`` (they share their names).
+
+    open_clip's own forward wants the whole context; this one cuts the causal mask and the positions to the batch.
+    The end-of-text token has the largest id, so ``argmax`` finds it.
+    """
+    length = tokens_BL.shape[1]
+    assert length <= net.context_length, f"{length} tokens in a context of {net.context_length}"
+    x_BLD = net.token_embedding(tokens_BL).to(net.transformer.get_cast_dtype())
+    x_BLD = x_BLD + net.positional_embedding[:length].to(x_BLD.dtype)
+    x_BLD = net.transformer(x_BLD, attn_mask=net.attn_mask[:length, :length])
+    rows_B = torch.arange(x_BLD.shape[0], device=x_BLD.device)
+    x_BD = net.ln_final(x_BLD[rows_B, tokens_BL.argmax(dim=-1)])
+    if net.text_projection is None:
+        return x_BD
+    return net.text_projection(x_BD) if isinstance(net.text_projection, nn.Linear) else x_BD @ net.text_projection
+
+
+class Tokenizer:
+    """Texts to token ids, padded no further than the batch needs where the tokenizer is CLIP's.
+
+    A text longer than the context is cut and its last token replaced by end-of-text, as open_clip does.
+
+    Args:
+        spec: which tokenizer and context.
+        trim: pad to the longest text only (in steps of 16). False for towers that are not causal, or not read at
+            the end-of-text token.
+    """
+
+    def __init__(self, spec: TextSpec, *, trim: bool = True) -> None:
+        self.spec = spec
+        self._encoder = _encoder(spec)
+        self._trim = trim and hasattr(self._encoder, "eot_token_id")
+        self._known: dict[str, tuple[int, ...]] = {}
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        """``tokens_BL``, int64, padded with zeros."""
+        assert not isinstance(texts, str), "a list of texts, not one text"
+        if not self._trim:
+            return self._encoder(list(texts), context_length=self.spec.context_length)
+        rows = [self._tokens(text) for text in texts]
+        longest = max(map(len, rows), default=1)
+        length = min(self.spec.context_length, -(-longest // _LENGTH_STEP) * _LENGTH_STEP)
+        tokens_BL = torch.zeros(len(rows), length, dtype=torch.long)
+        for row_L, ids in zip(tokens_BL, rows, strict=True):
+            row_L[: len(ids)] = torch.tensor(ids)
+        return tokens_BL
+
+    def _tokens(self, text: str) -> tuple[int, ...]:
+        found = self._known.get(text)
+        if found is None:
+            # The byte-pair merges are pure Python: a few thousand texts a second.
+            encoder = self._encoder
+            ids = [encoder.sot_token_id, *encoder.encode(text), encoder.eot_token_id]
+            if len(ids) > self.spec.context_length:
+                ids = [*ids[: self.spec.context_length - 1], encoder.eot_token_id]
+            found = tuple(ids)
+            if len(self._known) >= _CACHED_TEXTS:
+                self._known.clear()
+            self._known[text] = found
+        return found
+
+
+def _encoder(spec: TextSpec) -> Any:
+    library, _, model = spec.tokenizer.partition(":")
+    if library != "open_clip":
+        raise UserError(f"unknown tokenizer {spec.tokenizer!r}; known: 'open_clip', 'open_clip:<model>'")
+    if not model:
+        return _byte_pair_encoder()
+    import open_clip
+
+    try:
+        return open_clip.get_tokenizer(model)
+    except Exception as error:  # the tokenizers library and the hub raise what they like
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"tokenizer {spec.tokenizer!r} cannot be made here: {reason}") from None
+
+
+@cache
+def _byte_pair_encoder() -> Any:
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
