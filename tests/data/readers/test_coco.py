@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.data.making import png, write_files
+from vlbench.core.errors import BadExample, UserError
+from vlbench.core.types import Region
+from vlbench.data.sources import list_splits, open_source
+
+IMAGES = [{"id": 7, "file_name": "b.png"}, {"id": 3, "file_name": "a.png"}]
+CATEGORIES = [{"id": 18, "name": "dog"}, {"id": 17, "name": "cat"}]
+MASK = {"size": [12, 10], "counts": [5, 3]}
+
+
+def instance(number: int, **changes) -> dict:
+    return {"id": number, "image_id": 3, "category_id": 17, "bbox": [1, 2, 3, 4], "iscrowd": 0} | changes
+
+
+def coco(root, *, split="val2017", annotations=None, captions=(), images="val2017"):
+    annotations = [instance(1, segmentation=MASK), instance(2, category_id=18)] if annotations is None else annotations
+    instances = {"images": IMAGES, "annotations": annotations, "categories": CATEGORIES}
+    texts = {"images": IMAGES, "annotations": list(captions)}
+    return write_files(
+        root,
+        {
+            f"annotations/instances_{split}.json": json.dumps(instances),
+            f"annotations/captions_{split}.json": json.dumps(texts),
+            f"{images}/a.png": png(1),
+            f"{images}/b.png": png(2),
+        },
+    )
+
+
+def test_coco_reads_objects_and_captions(tmp_path):
+    captions = [{"id": 1, "image_id": 7, "caption": "one\n"}, {"id": 2, "image_id": 7, "caption": "two"}]
+    coco(tmp_path, captions=captions)
+    assert list_splits(f"coco:{tmp_path}") == ("val",)
+    source = open_source(f"coco:{tmp_path}", "val")
+    assert source.ids() == ["3", "7"]
+    assert source.provides == {"image", "text", "regions"}
+    assert source.categories == ("dog", "cat")
+    assert source.labels() is None
+    assert source[0].regions == (
+        Region("cat", (1.0, 2.0, 4.0, 6.0), MASK, {"iscrowd": 0}),
+        Region("dog", (1.0, 2.0, 4.0, 6.0), None, {"iscrowd": 0}),
+    )
+    assert (source[0].image, source[0].texts, source[0].extra) == (png(1), {}, {"file_name": "a.png"})
+    assert source[1].texts == {"en": ("one", "two")}
+
+
+@pytest.mark.parametrize("images", ["val2017", "images/val2017", "val", "images"])
+def test_coco_finds_the_images(tmp_path, images):
+    coco(tmp_path, images=images)
+    assert open_source(f"coco:{tmp_path}")[0].image == png(1)
+
+
+def test_coco_takes_the_images_from_the_option(tmp_path):
+    coco(tmp_path / "a", images="../elsewhere")
+    assert open_source(f"coco:{tmp_path}/a?images={tmp_path}/elsewhere")[0].image == png(1)
+    assert open_source(f"coco:{tmp_path}/a/annotations/instances_val2017.json?images={tmp_path}/elsewhere")[0].image
+    with pytest.raises(UserError, match="no folder of images"):
+        open_source(f"coco:{tmp_path}/a?images={tmp_path}/nowhere")
+
+
+def test_coco_knows_splits_by_file_name(tmp_path):
+    coco(tmp_path, split="train2017", images="train2017")
+    coco(tmp_path)
+    assert list_splits(f"coco:{tmp_path}") == ("train", "val")
+    coco(tmp_path, split="val2014", images="val2014")
+    assert set(list_splits(f"coco:{tmp_path}")) == {"train2017", "val2014", "val2017"}
+
+
+def test_coco_names_file_and_annotation_of_what_dangles(tmp_path):
+    wrong = [
+        instance(1),
+        instance(2, image_id=99),
+        instance(3, category_id=5),
+        instance(4, bbox=[1, 2, 3]),
+        "junk",
+    ]
+    coco(tmp_path, annotations=wrong)
+    source = open_source(f"coco:{tmp_path}")
+    assert len(source) == 2 + 4
+    assert len(source[0].regions) == 1
+    for index, (kind, number) in enumerate(
+        [("dangling annotation", 2), ("missing class", 3), ("bad box", 4), ("bad annotation", "?")], start=2
+    ):
+        with pytest.raises(BadExample) as caught:
+            source[index]
+        assert caught.value.kind == kind
+        assert caught.value.where == f"{tmp_path}/annotations/instances_val2017.json annotation {number}"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"images": 3}', '{"images": [{"id": 1}]}', '{"annotations": []}'])
+def test_coco_refuses_files_that_are_no_coco(tmp_path, content):
+    write_files(tmp_path, {"instances_val.json": content})
+    with pytest.raises(UserError, match=r"instances_val\.json: "):
+        open_source(f"coco:{tmp_path}")
+
+
+def test_coco_names_absent_folders(tmp_path):
+    (tmp_path / "coco").mkdir()
+    with pytest.raises(UserError, match="did you mean 'coco'"):
+        open_source(f"coco:{tmp_path}/cocos")
+    with pytest.raises(UserError, match=r"no instances_SPLIT.json or captions_SPLIT.json"):
+        open_source(f"coco:{tmp_path}/coco")

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.data.making import pixels
+from vlbench.core.cards import Preprocess
+from vlbench.data.transforms import Augment, augment, eval_transform, normalise
+
+SIZES = [(64, 64), (48, 97), (301, 199), (7, 120), (224, 225), (33, 20)]
+
+
+def smooth(height: int, width: int) -> Image.Image:
+    return Image.fromarray(pixels(height * width, 9, 11)).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("resize", ["shortest", "squash"])
+def test_eval_transform_equals_open_clip(size, interpolation, resize):
+    import open_clip.transform
+
+    pre = Preprocess(image_size=64, resize=resize, interpolation=interpolation)
+    theirs = open_clip.transform.image_transform(
+        64, is_train=False, mean=pre.mean, std=pre.std, resize_mode=resize, interpolation=interpolation
+    )
+    image = smooth(*size)
+    ours = eval_transform(pre)(image)
+    assert ours.dtype == torch.uint8
+    assert ours.shape == (3, 64, 64)
+    assert torch.equal(normalise(ours[None], pre)[0], theirs(image))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest", "lanczos"])
+def test_eval_transform_equals_torchvision_with_a_larger_resize(size, interpolation):
+    from torchvision import transforms as tv
+
+    pre = Preprocess(
+        image_size=56, resize_to=64, interpolation=interpolation, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)
+    )
+    mode = tv.InterpolationMode(interpolation)
+    theirs = tv.Compose(
+        [tv.Resize(64, mode), tv.CenterCrop(56), tv.ToTensor(), tv.Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))]
+    )
+    image = smooth(*size)
+    assert torch.equal(normalise(eval_transform(pre)(image)[None], pre)[0], theirs(image))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_eval_transform_equals_open_clip_for_a_rectangle(size):
+    import open_clip.transform
+
+    pre = Preprocess(image_size=(48, 80))
+    theirs = open_clip.transform.image_transform((48, 80), is_train=False, mean=pre.mean, std=pre.std)
+    image = smooth(*size)
+    assert torch.equal(normalise(eval_transform(pre)(image)[None], pre)[0], theirs(image))
+
+
+def test_eval_transform_squashes_to_a_larger_square_before_the_crop():
+    pre = Preprocess(image_size=56, resize="squash", resize_to=64)
+    image = smooth(40, 90)
+    expected = image.resize((64, 64), Image.Resampling.BICUBIC).crop((4, 4, 60, 60))
+    np.testing.assert_array_equal(eval_transform(pre)(image).permute(1, 2, 0).numpy(), np.asarray(expected))
+
+
+def test_eval_transform_can_be_pickled():
+    pre = Preprocess(image_size=32)
+    image = smooth(50, 40)
+    transform = pickle.loads(pickle.dumps(eval_transform(pre)))
+    assert torch.equal(transform(image), eval_transform(pre)(image))
+
+
+def test_normalise_leaves_its_input_alone():
+    images_BCHW = torch.full((2, 3, 4, 4), 7, dtype=torch.uint8)
+    normalise(images_BCHW, Preprocess(image_size=4))
+    assert (images_BCHW == 7).all()
+
+
+EVERYTHING = Augment(flip=True, color_jitter=(0.4, 0.4, 0.4, 0.1), random_erasing=0.5)
+
+
+def test_augment_is_a_function_of_the_generator():
+    image = smooth(70, 90)
+    for settings in (Augment(), EVERYTHING):
+        once, again, other = (augment(image, np.random.default_rng(seed), settings, (32, 48)) for seed in (1, 1, 2))
+        assert once[0].dtype == torch.uint8
+        assert once[0].shape == (3, 32, 48)
+        assert torch.equal(once[0], again[0])
+        assert once[1] == again[1]
+        assert not torch.equal(once[0], other[0])
+
+
+def test_augment_without_anything_to_do_is_a_resize():
+    settings = Augment(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
+    image = smooth(64, 64)
+    view_CHW, flipped = augment(image, np.random.default_rng(0), settings, (32, 32))
+    expected = image.resize((32, 32), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(view_CHW.permute(1, 2, 0).numpy(), np.asarray(expected))
+    assert flipped is False
+
+
+def test_augment_reports_the_flip():
+    settings = Augment(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=True)
+    image = smooth(32, 32)
+    plain = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+    flips = 0
+    for seed in range(200):
+        view_CHW, flipped = augment(image, np.random.default_rng(seed), settings, (32, 32))
+        assert torch.equal(view_CHW, plain.flip(2) if flipped else plain)
+        flips += flipped
+    assert 70 < flips < 130
+
+
+def test_augment_crops_within_the_scale():
+    # The red channel holds the row, the green one the column: a view's range shows how much of the image it saw.
+    rows, columns = np.meshgrid(np.arange(100), np.arange(100), indexing="ij")
+    image = Image.fromarray(np.stack([rows, columns, rows], axis=-1).astype(np.uint8))
+    settings = Augment(crop_scale=(0.25, 0.5), crop_ratio=(0.8, 1.25), interpolation="bilinear")
+    for seed in range(50):
+        view_CHW, _ = augment(image, np.random.default_rng(seed), settings, (100, 100))
+        seen = [float(view_CHW[c].max() - view_CHW[c].min() + 1) for c in (0, 1)]
+        assert 0.2 < seen[0] * seen[1] / 1e4 < 0.55
+        assert 0.75 < seen[1] / seen[0] < 1.33
+
+
+@pytest.mark.parametrize("size", [(1, 300), (300, 1), (1, 1)])
+def test_augment_survives_extreme_images(size):
+    view_CHW, _ = augment(smooth(*size), np.random.default_rng(0), EVERYTHING, (16, 16))
+    assert view_CHW.shape == (3, 16, 16)

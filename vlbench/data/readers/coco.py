@@ -1,0 +1,205 @@
+"""COCO's JSON: boxes, masks and categories (``instances_*.json``), captions (``captions_*.json``), or both.
+
+``coco:DIR`` reads ``DIR/annotations`` or ``DIR`` itself; ``coco:FILE.json`` reads one file without splits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlbench.core.errors import BadExample, UserError
+from vlbench.core.names import unknown
+from vlbench.core.types import Example, Part, Region
+from vlbench.data.images import read_file
+from vlbench.data.sources import BaseSource, Reader, canonical_split, split_table
+from vlbench.data.spec import DataSpec, local_path
+
+_FILE = re.compile(r"(instances|captions)_(.+)\.json")
+_YEAR = re.compile(r"[_-]?\d{4}$")
+_OPTIONS = {"images": "the folder of the images, where it is not beside the annotations"}
+
+
+class CocoSource(BaseSource):
+    """The images of one split with their objects and captions.
+
+    An annotation of an image that the file does not list is one more entry, which raises BadExample.
+    """
+
+    def __init__(self, spec: DataSpec, split: str | None, files: Sequence[Path], folder: Path) -> None:
+        self._folder = os.fspath(folder)
+        self._images: dict[Any, str] = {}
+        self._objects: defaultdict[Any, list[Mapping[str, Any]]] = defaultdict(list)
+        self._captions: defaultdict[Any, list[str]] = defaultdict(list)
+        self._dangling: list[BadExample] = []
+        self.categories: tuple[str, ...] = ()
+        """Category names in the order of the file's ids."""
+        self._category_names: dict[Any, str] = {}
+        for file in files:
+            self._read(file)
+        self._keys = sorted(self._images, key=lambda key: (isinstance(key, str), key))
+        self._ids = [str(key) for key in self._keys] + [f"bad annotation {i}" for i in range(len(self._dangling))]
+        parts: set[Part] = {"image"}
+        parts |= {"regions"} if self._objects else set()
+        parts |= {"text"} if self._captions else set()
+        super().__init__(spec.bare, split, provides=parts)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int) -> Example:
+        if index >= len(self._keys):
+            raise self._dangling[index - len(self._keys)]
+        key = self._keys[index]
+        captions = tuple(self._captions.get(key, ()))
+        return Example(
+            id=self._ids[index],
+            image=read_file(f"{self._folder}/{self._images[key]}"),
+            texts={"en": captions} if captions else {},
+            regions=tuple(self._region(item) for item in self._objects.get(key, ())),
+            extra={"file_name": self._images[key]},
+        )
+
+    def ids(self) -> Sequence[str]:
+        """Image ids of the annotation file, in their order."""
+        return self._ids
+
+    def labels(self) -> Sequence[int | None] | None:
+        """None: a COCO image has objects, not one label."""
+        return None
+
+    def _read(self, file: Path) -> None:
+        content = _load(file)
+        for image in _list(content, "images", file):
+            if not isinstance(image, dict) or "id" not in image or "file_name" not in image:
+                raise UserError(f"{file}: an image without 'id' or 'file_name': {str(image)[:80]}")
+            self._images[image["id"]] = image["file_name"]
+        for category in _list(content, "categories", file):
+            if not isinstance(category, dict) or not {"id", "name"} <= category.keys():
+                raise UserError(f"{file}: a category without 'id' or 'name': {str(category)[:80]}")
+            self._category_names[category["id"]] = category["name"]
+        self.categories = tuple(self._category_names.values())
+        for item in _list(content, "annotations", file):
+            problem = self._problem(item)
+            if problem is not None:
+                kind, reason = problem
+                name = item.get("id", "?") if isinstance(item, dict) else "?"
+                self._dangling.append(BadExample(kind, f"{file} annotation {name}", reason))
+            elif "caption" in item:
+                self._captions[item["image_id"]].append(str(item["caption"]).strip())
+            else:
+                self._objects[item["image_id"]].append(item)
+
+    def _problem(self, item: Any) -> tuple[str, str] | None:
+        if not isinstance(item, dict):
+            return "bad annotation", f"expected an object, got {str(item)[:40]!r}"
+        if item.get("image_id") not in self._images:
+            return "dangling annotation", f"image_id {item.get('image_id')!r} is not among the images of the file"
+        if "caption" in item:
+            return None
+        if item.get("category_id") not in self._category_names:
+            return "missing class", f"category_id {item.get('category_id')!r} is not among the categories"
+        box = item.get("bbox")
+        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, int | float) for side in box):
+            return "bad box", f"bbox {box!r} is not [left, top, width, height]"
+        return None
+
+    def _region(self, item: Mapping[str, Any]) -> Region:
+        left, top, width, height = (float(side) for side in item["bbox"])
+        own = {"id", "image_id", "category_id", "bbox", "segmentation"}
+        return Region(
+            category=self._category_names[item["category_id"]],
+            box_xyxy=(left, top, left + width, top + height),
+            segmentation=item.get("segmentation"),
+            attributes={key: value for key, value in item.items() if key not in own},
+        )
+
+
+def _open(spec: DataSpec, split: str | None) -> CocoSource:
+    path = local_path(spec)
+    if split is None:
+        return CocoSource(spec, None, [path], _image_folder(spec, path.parent, ""))
+    files = _annotation_files(spec)
+    table = _split_names(files)
+    own = table[split]
+    return CocoSource(spec, split, files[own], _image_folder(spec, path, own))
+
+
+def _split_names(files: Mapping[str, Sequence[Path]]) -> dict[str, str]:
+    """Standard split → the files' own name for it (``val`` → ``val2017``)."""
+    plain = {_YEAR.sub("", name) or name: name for name in files}
+    if len(plain) < len(files):  # two years side by side keep their full names
+        return {canonical_split(name): name for name in sorted(files)}
+    return {standard: plain[name] for standard, name in split_table(plain, "annotations").items()}
+
+
+def _splits(spec: DataSpec) -> tuple[str, ...]:
+    path = local_path(spec)
+    return () if path.is_file() else tuple(_split_names(_annotation_files(spec)))
+
+
+def _annotation_files(spec: DataSpec) -> dict[str, list[Path]]:
+    """The data's own split name → its annotation files."""
+    root = local_path(spec)
+    if not root.exists():
+        near = [path.name for path in root.parent.glob("*")] if root.parent.is_dir() else []
+        raise UserError(f"data {spec.bare!r}: there is no {root}; {unknown('folder', root.name, near)}")
+    found: dict[str, list[Path]] = {}
+    for folder in (root / "annotations", root):
+        for path in sorted(folder.glob("*.json")):
+            match = _FILE.fullmatch(path.name)
+            if match:
+                found.setdefault(match.group(2), []).append(path)
+        if found:
+            return found
+    raise UserError(
+        f"data {spec.bare!r}: no instances_SPLIT.json or captions_SPLIT.json in {root} or {root}/annotations"
+    )
+
+
+def _image_folder(spec: DataSpec, root: Path, split: str) -> Path:
+    if "images" in spec.options:
+        named = Path(spec.options["images"]).expanduser()
+        folder = named if named.is_absolute() or named.is_dir() else root / named
+        for inner in (folder / split, folder):
+            if inner.is_dir():
+                return inner
+        raise UserError(f"data {spec.bare!r}: there is no folder of images {folder}")
+    plain = _YEAR.sub("", split)
+    for inner in (root / split, root / "images" / split, root / plain, root / "images" / plain, root / "images"):
+        if inner.is_dir() and inner != root:
+            return inner
+    return root
+
+
+def _load(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(content, dict) or "images" not in content:
+        raise UserError(f"{file}: expected COCO's JSON, an object with 'images' and 'annotations'")
+    return content
+
+
+def _list(content: Mapping[str, Any], key: str, file: Path) -> list[Any]:
+    value = content.get(key, [])
+    if not isinstance(value, list):
+        raise UserError(f"{file}: {key!r} is not a list")
+    return value
+
+
+READER = Reader(
+    name="coco",
+    open=_open,
+    splits=_splits,
+    help="coco:DIR with instances_SPLIT.json and captions_SPLIT.json, or coco:FILE.json; ?images=DIR",
+    options=_OPTIONS,
+)

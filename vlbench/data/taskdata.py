@@ -1,0 +1,158 @@
+"""The data of one task: which split plays which role, with class names, templates and a fingerprint.
+
+The rules, where the data lack what a protocol wants:
+
+- no ``test``: ``val`` is reported, and is then no longer there to choose hyper-parameters on;
+- no splits at all, or only ``train``: 60% train, 20% val, 20% test, drawn by the content of the images (equal bytes
+  always land in one split, so no test image is trained on), in every class alike;
+- no ``val`` to choose on: adapters hold out part of ``train`` themselves.
+
+``notes`` says in words which of the first two was applied.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from vlbench.core.errors import UserError
+from vlbench.core.fingerprint import fingerprint
+from vlbench.core.types import Source
+from vlbench.data.digests import image_digests, source_fingerprint
+from vlbench.data.sources import Subset, canonical_split, list_splits, open_source
+
+_ROLES = ("train", "val", "test")
+_HELD_OUT = 0.2
+
+
+class TaskData:
+    """The splits of one data set in the roles of a task.
+
+    Args:
+        spec: a data spec.
+        splits: role → the data's own split, where they differ.
+        classes: class names by label that replace the data's own.
+        templates: prompt templates that replace those beside the data.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        splits: Mapping[str, str] | None = None,
+        *,
+        classes: Sequence[str] | None = None,
+        templates: Sequence[str] | None = None,
+    ) -> None:
+        self.spec = spec
+        self.notes: tuple[str, ...] = ()
+        self._classes = tuple(classes) if classes is not None else None
+        self._templates = tuple(templates) if templates is not None else None
+        self._made: dict[str, list[int]] | None = None
+        self._opened: dict[str, Source] = {}
+        self._fingerprints: dict[str, str] = {}
+        self._plan = self._roles({role: canonical_split(name) for role, name in (splits or {}).items()})
+
+    def has(self, role: str) -> bool:
+        """Whether there is a split for this role (``train``, ``val``, ``test``, or a name of the data's own)."""
+        return canonical_split(role) in self._plan
+
+    def split(self, role: str) -> Source:
+        """The source in this role, opened once. Raises UserError where there is none."""
+        role = canonical_split(role)
+        if role not in self._plan:
+            raise UserError(f"data {self.spec!r}: there is no {role} split; there is {', '.join(self._plan) or 'none'}")
+        if role not in self._opened:
+            self._opened[role] = self._open(role)
+        return self._opened[role]
+
+    @property
+    def classnames(self) -> tuple[str, ...]:
+        """Class names by label. Raises UserError for data without labels."""
+        source = self.split("test" if self.has("test") else next(iter(self._plan)))
+        own = source.classes
+        if own is None:
+            raise UserError(f"data {self.spec!r}: they have no class labels")
+        if self._classes is None:
+            return own
+        if len(self._classes) != len(own):
+            raise UserError(f"data {self.spec!r}: {len(self._classes)} class names were given for {len(own)} classes")
+        return self._classes
+
+    @property
+    def templates(self) -> tuple[str, ...] | None:
+        """The given templates, else those beside the data, else None."""
+        if self._templates is not None:
+            return self._templates
+        return self.split("test" if self.has("test") else next(iter(self._plan))).templates
+
+    def fingerprint(self, roles: Iterable[str]) -> str:
+        """One fingerprint of the content of several splits, each in its role."""
+        parts = {}
+        for role in roles:
+            if role not in self._fingerprints:
+                self._fingerprints[role] = source_fingerprint(self.split(role))
+            parts[role] = self._fingerprints[role]
+        return fingerprint(parts)
+
+    def _roles(self, asked: Mapping[str, str]) -> dict[str, str | None]:
+        """Role → the data's split; None for a part of unsplit data."""
+        present = list_splits(self.spec)
+        for role, name in asked.items():
+            if name not in present:
+                has = ", ".join(present) or "no splits"
+                raise UserError(f"data {self.spec!r}: the {role} split is to be {name!r}, but it has {has}")
+        if present in ((), ("train",)) and "test" not in asked:
+            self.notes += ("the data have no test split: 60% train, 20% val, 20% test, drawn by image content",)
+            return dict.fromkeys(_ROLES)
+        plan: dict[str, str | None] = {name: name for name in present}
+        plan |= asked
+        if "test" not in plan and "val" in plan:
+            self.notes += ("the data have no test split: val is reported",)
+            plan["test"] = plan.pop("val")
+        reported = plan.get("test")
+        # Never choose on what is reported: another role may not read the same split.
+        return {role: name for role, name in plan.items() if role == "test" or name != reported}
+
+    def _open(self, role: str) -> Source:
+        name = self._plan[role]
+        if name is not None:
+            return open_source(self.spec, name)
+        whole = open_source(self.spec)
+        if self._made is None:
+            self._made = content_split(whole)
+        return Subset(whole, self._made[role], split=role)
+
+
+def content_split(source: Source) -> dict[str, list[int]]:
+    """Train, val and test of unsplit data: role → indices in order.
+
+    Within each class, the distinct images sorted by digest are dealt out 60/20/20; every copy of an image follows it,
+    also into another class. A function of the content alone: names and order do not matter.
+    """
+    digests = image_digests(source)
+    names = [_class_name(source, label) for label in source.labels() or [None] * len(source)]
+    owner: dict[str, str] = {}
+    for image, name in zip(digests, names):
+        owner[image] = min(name, owner.get(image, name))
+    by_class: defaultdict[str, list[str]] = defaultdict(list)
+    for image in sorted(owner):
+        by_class[owner[image]].append(image)
+    role_of = {image: role for images in by_class.values() for image, role in zip(images, _deal(len(images)))}
+    made: dict[str, list[int]] = {role: [] for role in _ROLES}
+    for index, image in enumerate(digests):
+        made[role_of[image]].append(index)
+    empty = [role for role, indices in made.items() if not indices]
+    if empty:
+        raise UserError(
+            f"data {source.spec!r}: too few images ({len(owner)} different ones) to make a {empty[0]} split"
+        )
+    return made
+
+
+def _deal(n: int) -> list[str]:
+    held_out = round(n * _HELD_OUT) or int(n >= len(_ROLES))
+    return ["test"] * held_out + ["val"] * held_out + ["train"] * (n - 2 * held_out)
+
+
+def _class_name(source: Source, label: int | None) -> str:
+    return source.classes[label] if source.classes is not None and label is not None else ""

@@ -1,0 +1,153 @@
+"""From an RGB image to a tensor: the exact evaluation transform, and seeded training augmentation.
+
+Both give ``uint8``, a quarter of the bytes to move from a loader process to the device; ``normalise`` then makes the
+floats there. B batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as tf
+
+from vlbench.core.cards import Preprocess
+from vlbench.core.config import Config
+
+_CROP_ATTEMPTS = 10
+
+
+class Augment(Config):
+    """Training augmentation. The defaults suit contrastive pretraining: a crop, and nothing that changes colours."""
+
+    crop_scale: tuple[float, float] = Field(default=(0.5, 1.0), description="area of the random crop, as a fraction")
+    crop_ratio: tuple[float, float] = Field(default=(0.75, 4 / 3), description="its width over height")
+    flip: bool = Field(default=False, description="mirror half the images; wrong where a text says left or right")
+    color_jitter: tuple[float, float, float, float] = Field(
+        default=(0.0, 0.0, 0.0, 0.0), description="strength of brightness, contrast, saturation, hue (at most 0.5)"
+    )
+    jitter_p: float = Field(default=1.0, ge=0, le=1, description="share of the images whose colours are jittered")
+    random_erasing: float = Field(default=0.0, ge=0, le=1, description="share of the images with an erased rectangle")
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+
+
+class EvalTransform:
+    """Resize and centre crop as torchvision and open_clip do on PIL images, pixel for pixel."""
+
+    def __init__(self, pre: Preprocess) -> None:
+        self.pre = pre
+        self._mode = InterpolationMode(pre.interpolation)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """An RGB image as ``uint8`` CHW."""
+        pre = self.pre
+        size = self._resized(image)
+        if (image.height, image.width) != tuple(size):
+            image = tf.resize(image, size, interpolation=self._mode)
+        if (image.height, image.width) != pre.image_size:
+            image = tf.center_crop(image, list(pre.image_size))
+        return tf.pil_to_tensor(image)
+
+    def _resized(self, image: Image.Image) -> list[int]:
+        """Height and width after the resize."""
+        pre, (height, width) = self.pre, (image.height, image.width)
+        target_h, target_w = pre.image_size
+        if pre.resize == "squash":
+            return [pre.resize_to, pre.resize_to] if pre.resize_to else [target_h, target_w]
+        if pre.resize_to is None and target_h != target_w:
+            # open_clip's rule for a rectangle: the smallest image that covers it.
+            ratio = min(height / target_h, width / target_w)
+            return [round(height / ratio), round(width / ratio)]
+        short = pre.resize_to or target_h
+        # torchvision's rounding: the long side is cut, not rounded.
+        return [short, int(short * width / height)] if height <= width else [int(short * height / width), short]
+
+
+def eval_transform(pre: Preprocess) -> EvalTransform:
+    """The transform that belongs to a backbone: RGB PIL image → ``uint8`` CHW. It can be pickled."""
+    return EvalTransform(pre)
+
+
+def normalise(images_BCHW: torch.Tensor, pre: Preprocess) -> torch.Tensor:
+    """``uint8`` images as normalised ``float32``, on the device where they are; equal to ToTensor, then Normalize."""
+    mean = torch.tensor(pre.mean, dtype=torch.float32, device=images_BCHW.device).view(-1, 1, 1)
+    std = torch.tensor(pre.std, dtype=torch.float32, device=images_BCHW.device).view(-1, 1, 1)
+    return images_BCHW.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+def augment(
+    image: Image.Image, rng: np.random.Generator, augment: Augment, size: tuple[int, int]
+) -> tuple[torch.Tensor, bool]:
+    """One random view of an RGB image. All randomness comes from ``rng``.
+
+    Args:
+        image: RGB.
+        rng: the generator of this sample.
+        augment: what to do.
+        size: height, width of the view.
+
+    Returns:
+        The view as ``uint8`` CHW, and whether it was mirrored.
+    """
+    top, left, height, width = _crop(image, rng, augment)
+    view = image.crop((left, top, left + width, top + height))
+    resample = Image.Resampling.BICUBIC if augment.interpolation == "bicubic" else Image.Resampling.BILINEAR
+    view = view.resize((size[1], size[0]), resample)
+    flipped = augment.flip and rng.random() < 0.5
+    if flipped:
+        view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if any(augment.color_jitter) and rng.random() < augment.jitter_p:
+        view = _jitter(view, rng, augment.color_jitter)
+    view_CHW = tf.pil_to_tensor(view)
+    if augment.random_erasing and rng.random() < augment.random_erasing:
+        _erase(view_CHW, rng)
+    return view_CHW, bool(flipped)
+
+
+def _crop(image: Image.Image, rng: np.random.Generator, augment: Augment) -> tuple[int, int, int, int]:
+    """Top, left, height, width of torchvision's RandomResizedCrop: area uniform, aspect log-uniform, ten attempts."""
+    area = image.height * image.width
+    log_ratio = (math.log(augment.crop_ratio[0]), math.log(augment.crop_ratio[1]))
+    for _ in range(_CROP_ATTEMPTS):
+        target = area * rng.uniform(*augment.crop_scale)
+        ratio = math.exp(rng.uniform(*log_ratio))
+        width, height = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < width <= image.width and 0 < height <= image.height:
+            top = int(rng.integers(image.height - height + 1))
+            left = int(rng.integers(image.width - width + 1))
+            return top, left, height, width
+    # Where nothing fits: the largest centred crop whose aspect is allowed.
+    ratio = min(max(image.width / image.height, augment.crop_ratio[0]), augment.crop_ratio[1])
+    width = max(1, min(image.width, round(image.height * ratio)))
+    height = max(1, min(image.height, round(width / ratio)))
+    return (image.height - height) // 2, (image.width - width) // 2, height, width
+
+
+def _jitter(image: Image.Image, rng: np.random.Generator, strength: tuple[float, ...]) -> Image.Image:
+    """ColorJitter as torchvision's: brightness, contrast, saturation and hue in random order."""
+    adjust = (tf.adjust_brightness, tf.adjust_contrast, tf.adjust_saturation, tf.adjust_hue)
+    for which in rng.permutation(4):
+        amount = strength[which]
+        if amount:
+            centre = 0.0 if which == 3 else 1.0
+            image = adjust[which](image, float(rng.uniform(max(centre - amount, centre - 1.0), centre + amount)))
+    return image
+
+
+def _erase(image_CHW: torch.Tensor, rng: np.random.Generator) -> None:
+    """Fill one rectangle with uniform noise, in place (Zhong et al. 2020: area 2 to 33%, aspect 0.3 to 3.3)."""
+    _, height, width = image_CHW.shape
+    for _ in range(_CROP_ATTEMPTS):
+        area = height * width * rng.uniform(0.02, 1 / 3)
+        ratio = math.exp(rng.uniform(math.log(0.3), math.log(3.3)))
+        h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < h < height and 0 < w < width:
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            noise = rng.integers(0, 256, size=(image_CHW.shape[0], h, w), dtype=np.uint8)
+            image_CHW[:, top : top + h, left : left + w] = torch.from_numpy(noise)
+            return
