@@ -228,6 +228,8 @@ class Adapter(Protocol):
 
     name: str
     Config: type[Any]
+    metric: str
+    """The headline where no task card names one: a user's own data."""
     needs: frozenset[Part]
     """What the data must carry."""
     requires: frozenset[Provides]

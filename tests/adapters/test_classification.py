@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.metrics import recall_score
+
+from tests.adapters.fakes import FakeSource, labelled
+from vlbench.adapters.common.classification import (
+    classification_outcomes,
+    decide,
+    labels_of,
+    majority_guess,
+    same_classes,
+    unit,
+)
+from vlbench.core.errors import UserError
+from vlbench.core.types import Rows
+from vlbench.stats.intervals import estimate
+
+
+def _names(n: int) -> list[str]:
+    return [f"class {i}" for i in range(n)]
+
+
+def test_decide_agrees_with_sorting_where_nothing_ties() -> None:
+    rng = np.random.default_rng(0)
+    scores, labels = rng.standard_normal((200, 12)), rng.integers(0, 12, 200)
+    pred, rank = decide(scores, labels, ids=[str(i) for i in range(200)], classes=_names(12))
+    order = np.argsort(-scores, axis=1)
+    assert (pred == order[:, 0]).all()
+    assert (rank == 1 + (order == labels[:, None]).argmax(axis=1)).all()
+
+
+def test_decide_breaks_ties_evenly_and_whatever_the_order_of_classes() -> None:
+    n, classes = 6000, _names(6)
+    scores = np.tile([0.5, 0.5 + 1e-13, 0.1, 0.5, 0.1, 0.1], (n, 1))
+    ids = [f"image {i}" for i in range(n)]
+    labels = np.full(n, 1)
+    pred, rank = decide(scores, labels, ids=ids, classes=classes)
+    shares = np.bincount(pred, minlength=6) / n
+    assert shares[[0, 1, 3]] == pytest.approx(1 / 3, abs=0.03)
+    assert shares[[2, 4, 5]].sum() == 0
+    assert np.array_equal(pred == labels, rank == 1)
+    assert set(rank.tolist()) == {1, 2, 3}
+
+    order = np.array([4, 2, 0, 5, 1, 3])
+    moved, moved_rank = decide(
+        scores[:, order], np.full(n, order.tolist().index(1)), ids=ids, classes=[classes[i] for i in order]
+    )
+    assert (order[moved] == pred).all()
+    assert (moved_rank == rank).all()
+
+
+def test_decide_of_an_example_does_not_depend_on_the_others() -> None:
+    scores, labels, ids = np.ones((50, 4)), np.arange(50) % 4, [str(i) for i in range(50)]
+    pred, _ = decide(scores, labels, ids=ids, classes=_names(4))
+    alone, _ = decide(scores[7:8], labels[7:8], ids=ids[7:8], classes=_names(4))
+    assert alone[0] == pred[7]
+
+
+def test_outcomes_equal_sklearn_on_uneven_classes() -> None:
+    rng = np.random.default_rng(1)
+    labels = rng.choice(4, 300, p=[0.6, 0.2, 0.15, 0.05])
+    pred = np.where(rng.random(300) < 0.6, labels, rng.integers(0, 4, 300))
+    rank = np.where(pred == labels, 1, 2)
+    rows = Rows(
+        {"id": [str(i) for i in range(300)], "image": [f"{i:04d}" for i in range(300)], "label": labels, "rank": rank},
+        {"classes": _names(4)},
+    )
+    found = {name: estimate(values) for name, values in classification_outcomes(rows, top5=True).items()}
+    assert set(found) == {"acc1", "mean_per_class_recall"}, "a top five of four classes is always right"
+    assert found["acc1"].value == pytest.approx((pred == labels).mean())
+    assert found["acc1"].method == "wilson"
+    assert found["mean_per_class_recall"].value == pytest.approx(recall_score(labels, pred, average="macro"))
+
+
+def test_copies_of_an_image_are_one_cluster() -> None:
+    rows = Rows(
+        {"id": ["a", "b", "c"], "image": ["x", "x", "y"], "label": np.array([0, 0, 1]), "rank": np.array([1, 1, 2])},
+        {"classes": _names(2)},
+    )
+    found = estimate(classification_outcomes(rows, top5=True)["acc1"])
+    assert (found.n, found.n_clusters) == (3, 2)
+
+
+def test_labels_of_refuses_missing_labels() -> None:
+    source = FakeSource([b"a", b"b"], split="test", labels=[0, -1], classes=["x", "y"])
+    with pytest.raises(UserError, match="1 examples have no label, first 'test/1'"):
+        labels_of(source)
+    with pytest.raises(UserError, match="no labels"):
+        labels_of(FakeSource([b"a"], split="test"))
+
+
+def test_same_classes_names_the_odd_one() -> None:
+    with pytest.raises(UserError, match="'cow'"):
+        same_classes([labelled("train", [0], ["ant", "bee"]), labelled("test", [0], ["ant", "cow", "bee"])])
+
+
+def test_unit_and_majority() -> None:
+    assert unit(np.array([[3.0, 4.0], [0.0, 0.0]])).tolist() == [[0.6, 0.8], [0.0, 0.0]]
+    assert majority_guess(np.array([1, 1, 0]), np.array([0, 0, 0, 1])) == 0.25

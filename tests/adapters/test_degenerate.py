@@ -1,0 +1,151 @@
+"""Models that know nothing land on chance, on every adapter; a model that knows everything near the top.
+
+A new adapter without an entry in ``AUDITS`` fails here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from tests.adapters.fakes import FakeData, FakeEncoder, FakeSource, label_in, labelled, noise_of
+from vlbench.core.catalog import ADAPTERS
+
+CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen")
+WIDTH = 16
+N_IMAGES, N_CAPTIONS = 240, 2
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Data on which an adapter is audited, a model that knows the answers, and whether ties count as wrong."""
+
+    data: Callable[[], FakeData]
+    oracle: Callable[[], FakeEncoder]
+    pessimistic: bool = False
+
+
+def _class_data() -> FakeData:
+    sizes = {"train": 40, "val": 20, "test": 60}
+    return FakeData({name: labelled(name, np.arange(n * 8) % 8, CLASSES) for name, n in sizes.items()})
+
+
+def _class_oracle() -> FakeEncoder:
+    def image(data: bytes) -> np.ndarray:
+        return np.eye(WIDTH)[label_in(data)] + 0.05 * noise_of(data, WIDTH)
+
+    return FakeEncoder(image, text=lambda text: np.eye(WIDTH)[next(i for i, c in enumerate(CLASSES) if c in text)])
+
+
+def _caption_data() -> FakeData:
+    images = [f"image/{i}".encode() for i in range(N_IMAGES)]
+    texts = [{"en": tuple(f"caption {n} of {i}" for n in range(N_CAPTIONS))} for i in range(N_IMAGES)]
+    return FakeData({"test": FakeSource(images, split="test", texts=texts)})
+
+
+def _caption_oracle() -> FakeEncoder:
+    return FakeEncoder(
+        lambda data: noise_of(data.rsplit(b"/", 1)[1], WIDTH), text=lambda text: noise_of(text.rsplit(" ", 1)[1], WIDTH)
+    )
+
+
+AUDITS = {
+    "zeroshot": Audit(_class_data, _class_oracle),
+    "linear": Audit(_class_data, _class_oracle),
+    "knn": Audit(_class_data, _class_oracle),
+    "retrieval": Audit(_caption_data, _caption_oracle, pessimistic=True),
+}
+
+
+def _constant_images(oracle: FakeEncoder, data: FakeData) -> FakeEncoder:
+    return FakeEncoder(lambda image: np.ones(WIDTH), text=oracle.text)
+
+
+def _constant_everything(oracle: FakeEncoder, data: FakeData) -> FakeEncoder:
+    return FakeEncoder(lambda image: np.ones(WIDTH), text=lambda text: np.ones(WIDTH))
+
+
+def _zeros(oracle: FakeEncoder, data: FakeData) -> FakeEncoder:
+    return FakeEncoder(lambda image: np.zeros(WIDTH), text=lambda text: np.zeros(WIDTH))
+
+
+def _noise(oracle: FakeEncoder, data: FakeData) -> FakeEncoder:
+    return FakeEncoder(lambda image: noise_of(image, WIDTH, "blind"), text=oracle.text)
+
+
+def _shuffled(oracle: FakeEncoder, data: FakeData) -> FakeEncoder:
+    images = [image for source in data.splits.values() for image in source.images]
+    other = dict(zip(images, np.random.default_rng(0).permutation(np.array(images, dtype=object))))
+    return FakeEncoder(lambda image: oracle.pooled(other[image]), text=oracle.text)
+
+
+BLIND = {
+    "constant images": _constant_images,
+    "constant everything": _constant_everything,
+    "zeros": _zeros,
+    "noise": _noise,
+    "shuffled": _shuffled,
+}
+
+
+def _measure(name: str, encoder: FakeEncoder, data: FakeData) -> tuple[dict, dict[str, float]]:
+    adapter = ADAPTERS.get(name)
+    config = adapter.Config()
+    rows = adapter.predict(encoder, data, config)
+    return adapter.score(rows, config), rows.meta["chance"]
+
+
+@pytest.mark.parametrize("name", ADAPTERS.names())
+def test_every_adapter_has_an_audit(name: str) -> None:
+    assert name in AUDITS, f"adapter {name!r} has no entry in AUDITS: audit it with models that know nothing"
+
+
+@pytest.mark.parametrize("blind", BLIND)
+@pytest.mark.parametrize("name", AUDITS)
+def test_blind_model_lands_on_chance(name: str, blind: str) -> None:
+    audit = AUDITS[name]
+    data = audit.data()
+    estimates, chance = _measure(name, BLIND[blind](audit.oracle(), data), data)
+    assert chance, "an adapter says what chance is"
+    assert set(estimates) == set(chance)
+    for metric, expected in chance.items():
+        n = estimates[metric].n_clusters
+        # Five standard errors of a binomial at chance: about one false alarm in a million.
+        slack = 5 * math.sqrt(expected * (1 - expected) / n) + 1 / n
+        value = estimates[metric].value
+        assert value <= expected + slack, f"{metric}: {value} is above chance {expected}"
+        if not audit.pessimistic:
+            assert value >= expected - slack, f"{metric}: {value} is below chance {expected}"
+        assert estimates[metric].lo <= expected + slack
+
+
+@pytest.mark.parametrize("name", AUDITS)
+def test_model_that_knows_everything_is_near_the_top(name: str) -> None:
+    audit = AUDITS[name]
+    estimates, _ = _measure(name, audit.oracle(), audit.data())
+    for metric, estimate in estimates.items():
+        assert estimate.value > 0.98, f"{metric}: {estimate.value}"
+
+
+def test_retrieval_with_equal_scores_is_zero_and_with_noise_is_chance() -> None:
+    data = _caption_data()
+    estimates, _ = _measure("retrieval", _constant_everything(_caption_oracle(), data), data)
+    assert all(estimate.value == 0 for estimate in estimates.values())
+    # Noise has no ties, so pessimism costs it nothing: R@10 of 480 captions among 240 images is 10/240.
+    estimates, chance = _measure("retrieval", _noise(_caption_oracle(), data), data)
+    metric = "image_retrieval_recall@10"
+    assert estimates[metric].value == pytest.approx(chance[metric], abs=0.04)
+    assert estimates[metric].value > 0
+
+
+@pytest.mark.parametrize("name", ["zeroshot", "knn"])
+def test_constant_features_favour_no_class(name: str) -> None:
+    """On an uneven test set too: a tie broken by position would score the share of class 0."""
+    labels = np.array([0] * 400 + list(range(1, 8)) * 20)
+    data = FakeData({"train": labelled("train", np.arange(80) % 8, CLASSES), "test": labelled("test", labels, CLASSES)})
+    estimates, _ = _measure(name, _constant_everything(_class_oracle(), data), data)
+    assert estimates["acc1"].value == pytest.approx(1 / 8, abs=0.06)

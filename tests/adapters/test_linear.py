@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.adapters.fakes import FakeData, FakeEncoder, label_in, labelled, noise_of
+from vlbench.adapters.common.softmax_regression import SoftmaxRegression
+from vlbench.adapters.linear import ADAPTER, hold_out, search_c
+from vlbench.core.errors import UserError
+
+CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox")
+
+
+def _encoder(signal: float = 1.0) -> FakeEncoder:
+    return FakeEncoder(lambda image: signal * noise_of(str(label_in(image)), 10) + noise_of(image, 10))
+
+
+def _data(*, val: int = 60, train: int = 180, test: int = 120) -> FakeData:
+    sizes = {"train": train, "val": val, "test": test}
+    return FakeData({name: labelled(name, np.arange(n) % 6, CLASSES) for name, n in sizes.items() if n})
+
+
+def test_predict_refits_on_train_and_val_with_the_c_of_val() -> None:
+    encoder, data = _encoder(), _data()
+    rows = ADAPTER.predict(encoder, data, ADAPTER.Config())
+    features = {name: encoder.images(data.split(name)).pooled_ND for name in ("train", "val", "test")}
+    labels = {name: np.array(data.split(name).labels()) for name in ("train", "val", "test")}
+    both = np.concatenate([features["train"], features["val"]])
+    fit = SoftmaxRegression(both, np.concatenate([labels["train"], labels["val"]]), 6).fit(rows.meta["chosen"]["C"])
+    logits = fit.logits(features["test"])
+    assert (rows["pred"] == logits.argmax(axis=1)).mean() > 0.99
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p = (p / p.sum(axis=1, keepdims=True))[np.arange(120), labels["test"]]
+    assert rows["p"] == pytest.approx(p, abs=2e-3)
+    assert 0.3 < ADAPTER.score(rows, ADAPTER.Config())["acc1"].value < 0.95
+
+
+def test_the_reported_split_chooses_nothing() -> None:
+    """Other test labels and images leave C and the classifier as they were."""
+    encoder, data = _encoder(0.6), _data()
+    before = ADAPTER.predict(encoder, data, ADAPTER.Config())
+    data.splits["test"]._labels = [(label + 1) % 6 for label in data.splits["test"]._labels]
+    after = ADAPTER.predict(encoder, data, ADAPTER.Config())
+    assert after.meta["chosen"] == before.meta["chosen"]
+    assert (after["pred"] == before["pred"]).all()
+    assert not (after["correct"] & before["correct"]).any()
+
+
+def test_without_val_a_fifth_of_train_chooses() -> None:
+    rows = ADAPTER.predict(_encoder(), _data(val=0), ADAPTER.Config())
+    assert rows.meta["train_images"] == 180
+    assert rows.meta["fit"]["searched"] > 7
+    assert ADAPTER.score(rows, ADAPTER.Config())["acc1"].value > 0.3
+
+
+def test_hold_out_goes_by_content_and_class() -> None:
+    digests = [f"{i:032x}" for i in np.random.default_rng(0).permutation(100)]
+    digests[10], digests[11] = digests[0], digests[0]
+    labels = np.arange(100) % 2
+    labels[[10, 11]] = labels[0]
+    held = hold_out(digests, labels, 0.2)
+    assert 8 <= held[labels == 0].sum() <= 13
+    assert held[0] == held[10] == held[11], "copies stay on one side"
+    order = np.random.default_rng(1).permutation(100)
+    assert (hold_out([digests[i] for i in order], labels[order], 0.2) == held[order]).all()
+    assert not hold_out(["a" * 32], np.array([0]), 0.2).any(), "the only image of a class is learnt from"
+
+
+def test_search_finds_the_best_of_the_whole_grid_where_it_is_smooth() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(400) % 4
+    features = rng.standard_normal((4, 30))[labels] * 0.7 + rng.standard_normal((400, 30)) * 2
+    train, val = slice(0, 200), slice(200, 400)
+    problem = SoftmaxRegression(features[train], labels[train], 4)
+    found = search_c(problem, features[val], labels[val], ADAPTER.Config())
+    everywhere = [
+        (problem.fit(c).logits(features[val]).argmax(1) == labels[val]).mean() for c in np.logspace(-6, 6, 25)
+    ]
+    assert found["val_accuracy"] >= max(everywhere) - 0.02
+    assert found["fits"] <= 15
+    assert not found["edge"]
+
+
+def test_best_c_at_the_edge_is_noted() -> None:
+    rows = ADAPTER.predict(_encoder(), _data(), ADAPTER.Config(c_low=1e-7, c_high=1e-6, c_steps=2, c_stride=1))
+    assert rows.meta["chosen"]["at_grid_edge"] == any("edge of the grid" in note for note in rows.meta["notes"])
+    rows = ADAPTER.predict(_encoder(), _data(), ADAPTER.Config(c=1e-3))
+    assert rows.meta["chosen"]["C"] == 1e-3
+    assert rows.meta["fit"]["searched"] == 0
+
+
+def test_class_without_training_images_is_never_predicted_and_said() -> None:
+    data = _data()
+    for name in ("train", "val"):
+        source = data.splits[name]
+        keep = [i for i, label in enumerate(source._labels) if label != 2]
+        source.images, source._ids = [source.images[i] for i in keep], [source._ids[i] for i in keep]
+        source._labels = [source._labels[i] for i in keep]
+    rows = ADAPTER.predict(_encoder(), data, ADAPTER.Config())
+    assert not (rows["pred"] == 2).any()
+    assert (rows["rank"][rows["label"] == 2] == 6).all()
+    assert (rows["p"][rows["label"] == 2] == 0).all()
+    assert any("1 classes have no training image" in note for note in rows.meta["notes"])
+
+
+def test_one_class_is_one_clear_line() -> None:
+    data = FakeData({name: labelled(name, [0] * 5, CLASSES) for name in ("train", "test")})
+    with pytest.raises(UserError, match="one class only"):
+        ADAPTER.predict(_encoder(), data, ADAPTER.Config())
+
+
+def test_predict_is_the_same_twice() -> None:
+    first, second = (ADAPTER.predict(_encoder(), _data(val=0), ADAPTER.Config()) for _ in range(2))
+    assert (first["pred"] == second["pred"]).all()
+    assert (first["p"] == second["p"]).all()
+    assert first.meta == second.meta

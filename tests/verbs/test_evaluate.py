@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.verbs import toy_backbone
+from vlbench.core.errors import UserError
+from vlbench.core.types import Result
+from vlbench.store.results import ResultStore
+from vlbench.verbs.calls import evaluate
+
+MODEL = "tests.verbs.toy_backbone"
+
+
+@pytest.fixture
+def colours(tmp_path: Path) -> Path:
+    """A folder of 3 classes x 3 splits of noisy colours: easy, but not without mistakes."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("val", 10), ("test", 30)):
+        for name, rgb in toy_backbone.COLOURS.items():
+            folder = tmp_path / "colours" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                colour = np.clip(60 * np.array(rgb) + 90 + rng.normal(0, 25, 3), 0, 255)
+                Image.fromarray(np.full((8, 8, 3), colour, np.uint8)).save(folder / f"{number}.png")
+    return tmp_path / "colours"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLBENCH_CACHE", str(tmp_path / "cache"))
+
+
+def _run(tmp_path: Path, data: Path | None, **changes) -> int:
+    settings = {
+        "model": f"{MODEL}:build",
+        "tasks": "zeroshot,linear,knn",
+        "data": None if data is None else f"imagefolder:{data}",
+        "results": str(tmp_path / "results"),
+        "device": "cpu",
+        "workers": 0,
+        **changes,
+    }
+    return evaluate(**settings)
+
+
+def _stored(tmp_path: Path) -> dict[str, Result]:
+    return {result.task: result for result in ResultStore(tmp_path / "results").all()}
+
+
+def test_three_tasks_on_a_folder(tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(tmp_path, colours) == 0
+    found = _stored(tmp_path)
+    assert set(found) == {"zeroshot/colours", "linear/colours", "knn/colours"}
+    for result in found.values():
+        assert 0.6 < result.estimates["acc1"].value < 1
+        assert result.estimates["acc1"].n == 90
+        assert result.chance == pytest.approx(1 / 3)
+        assert result.model.name == "toy"
+        assert result.examples.rows == 90
+        assert result.versions["torch"]
+        assert result.peak_memory_mib > 0
+        assert result.settings["precision"] == "fp32"
+    assert found["linear/colours"].chosen["C"] > 0
+    # 90 test images for zero-shot, then 90 train and val ones for the probe, then nothing new for kNN.
+    assert found["zeroshot/colours"].images_per_second > 0
+    assert found["knn/colours"].images_per_second is None
+    out = capsys.readouterr().out
+    assert "images: 180 encoded" in out
+    assert "linear/colours" in out
+    assert str(tmp_path / "results" / "toy" / "linear" / "colours@v1.json") in out
+
+
+def test_second_call_reuses_results_and_force_reuses_features(
+    tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _run(tmp_path, colours)
+    first = _stored(tmp_path)
+    capsys.readouterr()
+    assert _run(tmp_path, colours) == 0
+    out = capsys.readouterr().out
+    assert out.count("reused, measured") == 3
+    assert _stored(tmp_path) == first
+    assert _run(tmp_path, colours, force=True) == 0
+    out = capsys.readouterr().out
+    assert "images: 0 encoded" in out
+    assert "reused, measured" not in out
+    assert {name: r.estimates for name, r in _stored(tmp_path).items()} == {n: r.estimates for n, r in first.items()}
+
+
+@pytest.mark.parametrize("change", ["weights", "data", "precision"])
+def test_a_stored_result_about_something_else_is_not_reused(
+    tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str], change: str
+) -> None:
+    _run(tmp_path, colours, tasks="knn")
+    capsys.readouterr()
+    changes = {}
+    if change == "weights":
+        changes["model"] = f"{MODEL}:build_other"
+    elif change == "precision":
+        changes["precision"] = "bf16"
+    else:
+        (colours / "test" / "red" / "0.png").unlink()
+    assert _run(tmp_path, colours, tasks="knn", **changes) == 0
+    assert f"about other {change}" in capsys.readouterr().out
+
+
+def test_a_moved_or_renamed_folder_is_the_same_data(
+    tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _run(tmp_path, colours, tasks="knn")
+    (tmp_path / "elsewhere").mkdir()
+    moved = colours.rename(tmp_path / "elsewhere" / "colours")
+    capsys.readouterr()
+    _run(tmp_path, moved, tasks="knn")
+    assert "reused, measured" in capsys.readouterr().out
+
+
+def test_a_failing_task_leaves_the_others_finished(
+    tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlbench.adapters.linear import Linear
+
+    def fail(self, encoder, data, config):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(Linear, "predict", fail)
+    assert _run(tmp_path, colours, tasks="zeroshot,linear,knn") == 1
+    assert set(_stored(tmp_path)) == {"zeroshot/colours", "knn/colours"}
+    captured = capsys.readouterr()
+    assert "FAILED linear/colours: RuntimeError: out of luck" in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_a_kill_between_tasks_loses_no_finished_task(
+    tmp_path: Path, colours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlbench.adapters.knn import KNN
+
+    def die(self, encoder, data, config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(KNN, "predict", die)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path, colours, tasks="zeroshot,linear,knn")
+    assert set(_stored(tmp_path)) == {"zeroshot/colours", "linear/colours"}
+
+
+def test_features_that_are_not_finite_fail_the_task(
+    tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(tmp_path, colours, model=f"{MODEL}:build_broken", tasks="knn") == 1
+    assert "toy-broken: pooled features are not finite" in capsys.readouterr().err
+    assert not _stored(tmp_path)
+
+
+def test_a_broken_test_image_fails_the_task_and_names_the_file(
+    tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (colours / "test" / "red" / "3.png").write_bytes(b"this is text")
+    assert _run(tmp_path, colours, tasks="knn") == 1
+    err = capsys.readouterr().err
+    assert "3" in err
+    assert "not an image" in err
+
+
+def test_model_without_text_skips_a_kind_and_refuses_a_name(
+    tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vision = f"{MODEL}:build_vision_only"
+    assert _run(tmp_path, colours, model=vision) == 0
+    assert "skipped zeroshot/colours: toy-vision has no text tower" in capsys.readouterr().out
+    assert set(_stored(tmp_path)) == {"linear/colours", "knn/colours"}
+    with pytest.raises(UserError, match=r"task zeroshot/shapes: toy-vision has no text tower"):
+        _run(tmp_path, None, model=vision, tasks="zeroshot/shapes")
+
+
+def test_data_without_captions_skip_retrieval(
+    tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(tmp_path, colours, tasks="retrieval,knn") == 0
+    assert "skipped retrieval/colours" in capsys.readouterr().out
+    assert set(_stored(tmp_path)) == {"knn/colours"}
+
+
+def test_nothing_that_could_run_is_not_success(tmp_path: Path, colours: Path) -> None:
+    with pytest.raises(UserError, match="nothing"):
+        _run(tmp_path, colours, tasks="retrieval")
+
+
+def test_no_store_keeps_no_features_but_shares_them_in_one_call(
+    tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(tmp_path, colours, no_store=True) == 0
+    assert "images: 180 encoded" in capsys.readouterr().out
+    assert not (tmp_path / "cache" / "features").exists()
+
+
+def test_damaged_rows_are_said_and_measured_again(
+    tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _run(tmp_path, colours, tasks="knn")
+    rows = tmp_path / "results" / "toy" / "knn" / "colours@v1.parquet"
+    rows.write_bytes(rows.read_bytes()[:-10])
+    capsys.readouterr()
+    assert _run(tmp_path, colours, tasks="knn") == 0
+    captured = capsys.readouterr()
+    assert "stored result not used" in captured.err
+    store = ResultStore(tmp_path / "results")
+    assert len(store.rows(store.load("toy", "knn/colours"))) == 90
+
+
+def test_stored_rows_score_to_the_stored_numbers(tmp_path: Path, colours: Path) -> None:
+    """Tables are rebuilt from rows alone: predict once, score for ever."""
+    from vlbench.core.catalog import ADAPTERS
+
+    _run(tmp_path, colours)
+    store = ResultStore(tmp_path / "results")
+    for result in store.all():
+        adapter = ADAPTERS.get(result.adapter)
+        assert adapter.score(store.rows(result), adapter.Config(**result.config)) == result.estimates

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlbench.core.cards import suites, task_cards
+from vlbench.core.catalog import ADAPTERS
+from vlbench.core.config import parse
+from vlbench.core.errors import UserError
+from vlbench.verbs.selection import find_data, own_card, select
+
+
+def _names(selection) -> list[str]:
+    return [choice.card.name for choice in selection.choices]
+
+
+def _clothing(root: Path) -> Path:
+    for split in ("train", "val", "test"):
+        folder = root / "clothing" / split / "hat"
+        folder.mkdir(parents=True)
+        (folder / "1.jpg").write_bytes(b"x")
+    return root
+
+
+def test_full_names_kinds_and_suites(tmp_path: Path) -> None:
+    found = select("zeroshot/shapes, linear", data=(), root=tmp_path)
+    assert _names(found) == ["zeroshot/shapes", "linear/shapes"]
+    assert [choice.named for choice in found.choices] == [True, False]
+    assert {skip.task for skip in found.skipped} == {"linear/cifar10", "linear/clothing"}
+    assert all("to get it:" in skip.reason and str(tmp_path) in skip.reason for skip in found.skipped)
+    assert _names(select("smoke", data=(), root=tmp_path)) == list(suites()["smoke"])
+
+
+def test_the_readme_line_needs_no_data(tmp_path: Path) -> None:
+    found = select("zeroshot,linear,retrieval", data=(), root=tmp_path)
+    assert _names(found) == ["zeroshot/shapes", "zeroshot/shapes_heldout", "linear/shapes", "retrieval/shapes"]
+
+
+def test_each_task_runs_once_and_a_full_name_stays_a_demand(tmp_path: Path) -> None:
+    found = select("linear,linear/shapes,smoke", data=(), root=tmp_path)
+    assert sorted(_names(found)) == sorted(set(_names(found)))
+    assert next(choice for choice in found.choices if choice.card.name == "linear/shapes").named
+
+
+def test_data_that_are_there_are_chosen_with_their_place(tmp_path: Path) -> None:
+    found = select("linear", data=(), root=_clothing(tmp_path))
+    spec = next(choice.spec for choice in found.choices if choice.card.name == "linear/clothing")
+    assert spec == f"imagefolder:{tmp_path}/clothing"
+
+
+def test_hub_names_never_stand_in_for_a_card_s_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlbench.data import sources
+
+    monkeypatch.setattr(sources, "is_present", lambda spec: True)
+    card = task_cards()["linear/cifar10"].model_copy(update={"data": ("hf:cifar10",)})
+    monkeypatch.setitem(task_cards(), "linear/cifar10", card)
+    with pytest.raises(UserError, match="no data under"):
+        select("linear/cifar10", data=(), root=tmp_path)
+    (tmp_path / "cifar10").mkdir()
+    found = select("linear/cifar10", data=(), root=tmp_path).choices[0]
+    assert (found.spec, found.said) == (f"hf:{tmp_path}/cifar10", "hf:cifar10")
+
+
+def test_absent_data_of_a_named_task_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"task linear/cifar10: no data under .*hf:cifar10.*to get it: .*--data-root"):
+        select("linear/cifar10", data=(), root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "typo, meant", [("zeroshot/cifar1", "zeroshot/cifar10"), ("liner", "linear"), ("smok", "smoke"), ("KNN", "knn")]
+)
+def test_typing_errors_get_the_nearest_name(tmp_path: Path, typo: str, meant: str) -> None:
+    with pytest.raises(UserError, match=f"did you mean '{meant}'"):
+        select(typo, data=(), root=tmp_path)
+
+
+def test_no_task_at_all_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="names no task"):
+        select(" , ", data=(), root=tmp_path)
+
+
+def test_own_data_run_the_named_kinds(tmp_path: Path) -> None:
+    folder = tmp_path / "my photos"
+    found = select("linear,knn", data=[f"imagefolder:{folder}"], root=tmp_path)
+    assert _names(found) == ["linear/my-photos", "knn/my-photos"]
+    assert {choice.spec for choice in found.choices} == {f"imagefolder:{folder}"}
+    assert found.choices[0].card.metric == "acc1"
+    two = select("linear", data=["imagefolder:a", "imagefolder:b"], root=tmp_path)
+    assert _names(two) == ["linear/a", "linear/b"]
+
+
+def test_own_data_never_take_a_shipped_name(tmp_path: Path) -> None:
+    assert _names(select("linear", data=["imagefolder:x/cifar10"], root=tmp_path)) == ["linear/own-cifar10"]
+    named = select("linear/cifar10", data=["imagefolder:x/cifar10"], root=tmp_path)
+    assert _names(named) == ["linear/cifar10"], "by full name it is the card's protocol on these data"
+    assert named.choices[0].spec == "imagefolder:x/cifar10"
+
+
+def test_own_card_does_not_depend_on_the_place() -> None:
+    assert own_card("knn", "imagefolder:/a/photos").fingerprint() == own_card("knn", "wds:/b/photos").fingerprint()
+    assert own_card("knn", "wds:/b/cc3m/{000..331}.tar").name == "knn/cc3m"
+    assert own_card("knn", "shapes:seen").name == "knn/shapes_seen"
+
+
+def test_own_data_with_wrong_words(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'linear'"):
+        select("liner", data=["imagefolder:x"], root=tmp_path)
+    with pytest.raises(UserError, match="suite 'smoke' names its own data"):
+        select("smoke", data=["imagefolder:x"], root=tmp_path)
+    with pytest.raises(UserError, match="kind of data"):
+        select("linear", data=["imagfolder:x"], root=tmp_path)
+
+
+@pytest.mark.parametrize("name", task_cards())
+def test_every_card_is_sound(name: str) -> None:
+    """Its protocol fits its adapter, its metric is one the adapter can give, its prompts exist, its data parse."""
+    card = task_cards()[name]
+    adapter = ADAPTERS.get(card.adapter)
+    parse(adapter.Config, card.protocol, where=name)
+    assert card.metric in {"acc1", "mean_per_class_recall", "image_retrieval_recall@1"}
+    assert card.chance is not None
+    assert card.fingerprint()
+    find_data(card, Path("/nowhere"))
+    if card.data[0].startswith("shapes"):
+        assert find_data(card, Path("/nowhere")) == card.data[0]
+    else:
+        assert card.how_to_get, "a user without the data must learn where they are"
+
+
+def test_choosing_tasks_loads_no_torch() -> None:
+    code = (
+        "import sys, pathlib; from vlbench.verbs.selection import select; "
+        "select('zeroshot,linear', data=(), root=pathlib.Path('.')); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

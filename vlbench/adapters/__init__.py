@@ -1,0 +1,1 @@
+"""Adapters, one protocol a module: ``predict`` makes rows from a model, ``score`` makes numbers from rows."""

@@ -1,0 +1,1 @@
+"""What several adapters share: class scores to accuracies, and logistic regression."""

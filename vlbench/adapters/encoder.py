@@ -1,0 +1,321 @@
+"""Features of images and texts: each distinct image is encoded once, whoever asks and however often.
+
+An image is known by the digest of its bytes, a model by its fingerprint and precision; what was ever computed for the
+pair is read from the feature store. What is missing is decoded, encoded and appended shard by shard, so that a killed
+run loses one shard at most.
+
+Shape suffixes: B batch, N examples, C channels, H height, W width, D pooled width, E joint width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from vlbench.core.errors import BadExample, UserError
+from vlbench.core.fingerprint import digest, fingerprint
+
+if TYPE_CHECKING:  # never at run time: adapters must load without torch
+    import torch
+
+    from vlbench.core.cards import Preprocess
+    from vlbench.core.types import Backbone, Source
+
+SHARD_ROWS = 4096
+"""Rows appended to the store at once: few enough that a kill loses seconds, many enough that files stay few."""
+SHARD_SECONDS = 20.0
+"""A slow model's shard is written after this long, however few rows it has."""
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """Features of one source, in its order."""
+
+    ids: tuple[str, ...]
+    digests: tuple[str, ...]
+    """Of each image's bytes; equal where two entries are the same image."""
+    pooled_ND: np.ndarray
+    embed_NE: np.ndarray | None
+    """In the joint space, not normalised; None for a backbone without one."""
+
+
+@dataclass
+class EncoderStats:
+    """What an Encoder has done so far."""
+
+    images_encoded: int = 0
+    images_reused: int = 0
+    """Images whose features were there already, from this run or an earlier one."""
+    texts_encoded: int = 0
+    texts_reused: int = 0
+    image_seconds: float = 0.0
+    """Decoding and encoding images; reading stored features is not in it."""
+    text_seconds: float = 0.0
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Rate of the images that were really encoded; None where none were."""
+        return self.images_encoded / self.image_seconds if self.images_encoded and self.image_seconds else None
+
+    def since(self, before: EncoderStats) -> EncoderStats:
+        """What was done after ``before`` was taken with ``copy``."""
+        return EncoderStats(**{name: value - getattr(before, name) for name, value in vars(self).items()})
+
+    def copy(self) -> EncoderStats:
+        """The counts as they are now."""
+        return EncoderStats(**vars(self))
+
+
+class Encoder:
+    """One backbone, ready to be asked for features.
+
+    Args:
+        backbone: the model to be measured.
+        store: a ``vlbench.store.features.FeatureStore``; None keeps features in memory for this run only.
+        batch_size: images (and texts) in one forward pass.
+        precision: ``"fp32"`` (no TF32) or ``"bf16"`` (autocast). Features are kept in float32 either way.
+        device: torch's name of the device.
+        workers: processes that decode images; 0 decodes in this one.
+        progress: called with ``(done, total)`` images after every batch.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        store: Any | None,
+        *,
+        batch_size: int = 64,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        device: str = "cpu",
+        workers: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        from vlbench.models.backbone import backbone_fingerprint
+
+        self.backbone = backbone
+        self.batch_size = batch_size
+        self.precision = precision
+        self.device = device
+        self.workers = workers
+        self.progress = progress
+        self.stats = EncoderStats()
+        self.fingerprint = backbone_fingerprint(backbone)
+        tables = store if store is not None else _MemoryStore()
+        made_of = {"backbone_fingerprint": self.fingerprint, "model": backbone.card.id, "precision": precision}
+        self._images = tables.table(fingerprint([self.fingerprint, precision, "images"]), made_of | {"of": "images"})
+        self._texts = tables.table(fingerprint([self.fingerprint, precision, "texts"]), made_of | {"of": "texts"})
+        self._digests: dict[int, tuple[Source, list[str]]] = {}
+
+    def images(self, source: Source) -> ImageFeatures:
+        """Features of every image of ``source``.
+
+        Raises:
+            BadExample: where an image cannot be read; a test set with a hole would give another number.
+            UserError: where the model gives features that are not finite or not of the declared form.
+        """
+        digests = self._image_digests(source)
+        first = {image: index for index, image in reversed(list(enumerate(digests)))}
+        columns = ("pooled", "embed") if "embed" in self.backbone.card.provides else ("pooled",)
+        missing = self._images.missing(sorted(first), columns)
+        self.stats.images_reused += len(first) - len(missing)
+        if missing:
+            self._encode_missing(source, {image: first[image] for image in missing})
+        found = self._images.gather(digests, columns)
+        return ImageFeatures(tuple(source.ids()), tuple(digests), found["pooled"], found.get("embed"))
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """``text_NE``: embeddings in the joint space, float32, not normalised; one stream of batches for all texts."""
+        keys = [digest(text.encode("utf-8")) for text in texts]
+        by_key = dict(zip(keys, texts))
+        missing = self._texts.missing(sorted(by_key), ("embed",))
+        self.stats.texts_reused += len(by_key) - len(missing)
+        # Texts of like length share a batch: it is padded only to its longest.
+        queue = sorted(missing, key=lambda key: (len(by_key[key]), key))
+        for start in range(0, len(queue), SHARD_ROWS):
+            shard = queue[start : start + SHARD_ROWS]
+            began = time.perf_counter()
+            rows = [self._encode_texts([by_key[key] for key in part]) for part in _batches(shard, self.batch_size)]
+            self.stats.text_seconds += time.perf_counter() - began
+            self.stats.texts_encoded += len(shard)
+            self._texts.append(shard, {"embed": np.concatenate(rows)})
+        return self._texts.gather(keys, ("embed",))["embed"]
+
+    def _image_digests(self, source: Source) -> list[str]:
+        from vlbench.data.digests import image_digests
+
+        # The source is kept beside its digests, so that its id cannot come to mean another object.
+        if id(source) not in self._digests:
+            self._digests[id(source)] = (source, list(image_digests(source)))
+        return self._digests[id(source)][1]
+
+    def _encode_missing(self, source: Source, index_of: Mapping[str, int]) -> None:
+        """Encode the images at ``index_of`` (digest → index), shard by shard, in the source's order."""
+        queue = sorted(index_of, key=index_of.__getitem__)
+        ids = source.ids()
+        shard = _Shard()
+        done = 0
+        for images_BCHW in self._pixels(source, [index_of[image] for image in queue]):
+            names = queue[done : done + len(images_BCHW)]
+            shard.add(names, self._encode_images(images_BCHW, [ids[index_of[name]] for name in names]))
+            done += len(names)
+            if shard.is_full() or done == len(queue):
+                self._images.append(shard.digests, shard.columns())
+                self.stats.images_encoded += len(shard.digests)
+                self.stats.image_seconds += shard.age()
+                shard = _Shard()
+            if self.progress:
+                self.progress(done, len(queue))
+
+    def _pixels(self, source: Source, indices: Sequence[int]) -> Iterator[torch.Tensor]:
+        """uint8 ``images_BCHW`` of the examples at ``indices``, in order."""
+        from torch.utils.data import DataLoader
+
+        pixels = _Pixels(source, indices, self.backbone.card.preprocess)
+        workers = min(self.workers, -(-len(indices) // self.batch_size))
+        for images_BCHW, error in DataLoader(
+            pixels, self.batch_size, num_workers=workers, collate_fn=_stack, pin_memory=self.device.startswith("cuda")
+        ):
+            if error is not None:
+                raise error
+            yield images_BCHW
+
+    def _encode_images(self, images_BCHW: torch.Tensor, ids: Sequence[str]) -> dict[str, np.ndarray]:
+        """Columns of float32 features of one batch of uint8 images."""
+        from vlbench.data.transforms import normalise
+
+        card = self.backbone.card
+        with self._mode():
+            images_BCHW = normalise(images_BCHW.to(self.device, non_blocking=True), card.preprocess)
+            features = self.backbone.encode_image(images_BCHW)
+        columns = {"pooled": features.pooled_BD}
+        if "embed" in card.provides:
+            columns["embed"] = features.embed_BE
+        return {name: self._checked(values, name, ids, "images") for name, values in columns.items()}
+
+    def _encode_texts(self, texts: Sequence[str]) -> np.ndarray:
+        with self._mode():
+            text_BE = self.backbone.encode_text(texts)
+        return self._checked(text_BE, "text", texts, "texts")
+
+    def _checked(self, values: torch.Tensor | None, name: str, ids: Sequence[str], what: str) -> np.ndarray:
+        """``values`` as a float32 array, refused with one line where it has a wrong form or is not finite."""
+        model = self.backbone.card.id
+        shape = tuple(values.shape) if values is not None else None
+        if shape is None or len(shape) != 2 or shape[0] != len(ids):
+            raise UserError(
+                f"{model}: {name} features of {len(ids)} {what} have shape {shape}, expected (batch, width)"
+            )
+        array = values.float().cpu().numpy()
+        broken = [str(ids[row]) for row in np.flatnonzero(~np.isfinite(array).all(axis=1))]
+        if broken:
+            shown = ", ".join(repr(item) for item in broken[:3])
+            raise UserError(
+                f"{model}: {name} features are not finite for {len(broken)} of {len(ids)} {what} in a batch, first "
+                f"{shown}; check the weights, or run with --precision fp32"
+            )
+        return array
+
+    @contextlib.contextmanager
+    def _mode(self) -> Iterator[None]:
+        """No gradient, and the arithmetic that ``precision`` names; cuDNN would otherwise convolve in TF32."""
+        import torch
+
+        kind = torch.device(self.device).type
+        autocast = torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16")
+        with torch.inference_mode(), autocast, torch.backends.cudnn.flags(allow_tf32=False):
+            yield
+
+
+@dataclass
+class _Shard:
+    """Features waiting to be appended to the store."""
+
+    digests: list[str] = field(default_factory=list)
+    parts: list[dict[str, np.ndarray]] = field(default_factory=list)
+    began: float = field(default_factory=time.perf_counter)
+
+    def add(self, digests: Sequence[str], columns: dict[str, np.ndarray]) -> None:
+        self.digests.extend(digests)
+        self.parts.append(columns)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        return {name: np.concatenate([part[name] for part in self.parts]) for name in self.parts[0]}
+
+    def age(self) -> float:
+        return time.perf_counter() - self.began
+
+    def is_full(self) -> bool:
+        return len(self.digests) >= SHARD_ROWS or self.age() >= SHARD_SECONDS
+
+
+class _Pixels:
+    """Decoded uint8 images of chosen examples, for a DataLoader; a broken one comes back as its error.
+
+    torch would turn a worker's BadExample into a RuntimeError with a traceback, so it travels as a value.
+    """
+
+    def __init__(self, source: Source, indices: Sequence[int], preprocess: Preprocess) -> None:
+        from vlbench.data.transforms import eval_transform
+
+        self.source = source
+        self.indices = indices
+        self.transform = eval_transform(preprocess)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> torch.Tensor | UserError:
+        from vlbench.data.images import decode
+
+        try:
+            example = self.source[self.indices[position]]
+            where = f"{self.source.spec} ({self.source.split}): {example.id}"
+            if example.image is None:
+                return UserError(f"{where}: has no image")
+            return self.transform(decode(example.image, where=where))
+        except BadExample as error:
+            return error
+
+
+class _MemoryStore:
+    """What a FeatureStore does, without a disk."""
+
+    def table(self, key: str, made_of: Mapping[str, Any] | None = None) -> _MemoryTable:
+        return _MemoryTable()
+
+
+class _MemoryTable:
+    """What a FeatureTable does, without a disk."""
+
+    def __init__(self) -> None:
+        self._columns: dict[str, dict[str, np.ndarray]] = {}
+
+    def missing(self, digests: Sequence[str], columns: Sequence[str]) -> list[str]:
+        have = self._columns.get(columns[0], {})
+        return [item for item in digests if item not in have]
+
+    def append(self, digests: Sequence[str], columns: Mapping[str, np.ndarray]) -> None:
+        for name, values in columns.items():
+            self._columns.setdefault(name, {}).update(zip(digests, values))
+
+    def gather(self, digests: Sequence[str], columns: Sequence[str]) -> dict[str, np.ndarray]:
+        return {name: np.stack([self._columns[name][item] for item in digests]) for name in columns}
+
+
+def _stack(items: Sequence[torch.Tensor | UserError]) -> tuple[torch.Tensor | None, UserError | None]:
+    import torch
+
+    for item in items:
+        if isinstance(item, UserError):
+            return None, item
+    return torch.stack(list(items)), None
+
+
+def _batches(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

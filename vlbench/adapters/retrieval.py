@@ -1,0 +1,219 @@
+"""Image-text retrieval in both directions, R@1/5/10, with several captions an image (as on COCO and Flickr30k).
+
+Text to image: a caption is right where its own image is among the first k. Image to text: an image is right where any
+of its captions is among the first k. The names are the field's: ``image_retrieval_recall@k`` is text to image.
+
+Ties are resolved pessimistically: a wrong candidate that scores the same as the right one stands before it. A model
+that says the same of everything therefore scores 0, never a lucky 100%. Entries with the same image bytes are one
+image with all their captions; a caption that two images share stays wrong for the other, as everywhere, and is counted
+in the notes.
+
+Scores are made block by block and only ranks are kept, so memory is O(block x N), not O(N x N).
+
+Shape suffixes: N images, M captions, B block of images, E joint width.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from vlbench.adapters.common.classification import IMAGE_DIGITS, estimates, unit
+from vlbench.core.config import Config as BaseConfig
+from vlbench.core.errors import UserError
+from vlbench.core.types import Estimate, Outcomes, Part, Provides, Rows
+
+TIE = 1e-9
+"""Cosines (in float64) closer than this are tied: sums in another order differ in the fifteenth digit."""
+
+TEXT_TO_IMAGE, IMAGE_TO_TEXT = "text_to_image", "image_to_text"
+
+
+class Config(BaseConfig):
+    """Settings of retrieval."""
+
+    k: tuple[int, ...] = Field(default=(1, 5, 10), description="ranks at which recall is reported")
+    language: str = Field(default="en", description="language of the captions that are used")
+    block_bytes: int = Field(default=1 << 26, ge=1, description="scores held at once; changes no number")
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Distinct images and their captions."""
+
+    images: tuple[str, ...]
+    """Digest of every distinct image, in the order of first appearance."""
+    first: np.ndarray
+    """Index of each image's first entry in the source, ``(N,)``."""
+    names: tuple[str, ...]
+    """Id of that entry."""
+    captions: tuple[str, ...]
+    caption_ids: tuple[str, ...]
+    owner_M: np.ndarray
+    """Index of the image that each caption belongs to."""
+
+
+class Retrieval:
+    """The adapter. The unit of sampling is the image: captions of one image are one cluster."""
+
+    name: ClassVar[str] = "retrieval"
+    Config: ClassVar[type[Config]] = Config
+    metric: ClassVar[str] = "image_retrieval_recall@1"
+    needs: ClassVar[frozenset[Part]] = frozenset({"image", "text"})
+    requires: ClassVar[frozenset[Provides]] = frozenset({"embed", "text"})
+    splits: ClassVar[tuple[str, ...]] = ("test",)
+
+    def predict(self, encoder: Any, data: Any, config: Config) -> Rows:
+        """One row a query, of both directions: ``id, direction, image, rank`` (of the best right candidate, from 1)."""
+        source = data.split("test")
+        features = encoder.images(source)
+        gallery = build_gallery(source, features.digests, config.language)
+        text_to_image_M, image_to_text_N = ranks(
+            features.embed_NE[gallery.first],
+            encoder.texts(gallery.captions),
+            owner_M=gallery.owner_M,
+            block_bytes=config.block_bytes,
+        )
+        images = np.array([image[:IMAGE_DIGITS] for image in gallery.images])
+        n_texts, n_images = len(gallery.captions), len(gallery.images)
+        columns = {
+            "id": [*gallery.caption_ids, *gallery.names],
+            "direction": [TEXT_TO_IMAGE] * n_texts + [IMAGE_TO_TEXT] * n_images,
+            "image": [*images[gallery.owner_M].tolist(), *images.tolist()],
+            "rank": np.concatenate([text_to_image_M, image_to_text_N]),
+        }
+        meta = {
+            "images": n_images,
+            "captions": n_texts,
+            "language": config.language,
+            "chance": _chance(gallery, config.k),
+            "notes": _notes(gallery, len(source)),
+        }
+        return Rows(columns, meta)
+
+    def outcomes(self, rows: Rows, config: Config) -> dict[str, Outcomes]:
+        """``image_retrieval_recall@k``, ``text_retrieval_recall@k`` and their plain mean, ``mean_recall``."""
+        direction = np.asarray(rows["direction"])
+        rank = np.asarray(rows["rank"])
+        ids, images = np.asarray(rows["id"], dtype=object), np.asarray(rows["image"], dtype=object)
+        found: dict[str, Outcomes] = {}
+        for metric, wanted in (("image_retrieval", TEXT_TO_IMAGE), ("text_retrieval", IMAGE_TO_TEXT)):
+            here = direction == wanted
+            for k in config.k:
+                hits = (rank[here] <= k).astype(np.float64)
+                found[f"{metric}_recall@{k}"] = Outcomes(ids[here].tolist(), hits, images[here].tolist(), binary=True)
+        found["mean_recall"] = _mean_recall(found, rows)
+        return found
+
+    def score(self, rows: Rows, config: Config) -> dict[str, Estimate]:
+        """Every metric with its interval."""
+        return estimates(self.outcomes(rows, config))
+
+
+def build_gallery(source: Any, digests: tuple[str, ...], language: str) -> Gallery:
+    """The distinct images of ``source`` with their captions in ``language``.
+
+    Raises:
+        UserError: where an image has no caption in that language: leaving it out would change the number.
+    """
+    owner_of: dict[str, int] = {}
+    first, names, captions, caption_ids, owners = [], [], [], [], []
+    for index, image in enumerate(digests):
+        example = source[index]
+        texts = example.texts.get(language, ())
+        if not texts:
+            has = ", ".join(sorted(example.texts)) or "none"
+            raise UserError(
+                f"{source.spec} ({source.split}): {example.id}: no caption in language {language!r} (there: {has})"
+            )
+        if image not in owner_of:
+            owner_of[image] = len(first)
+            first.append(index)
+            names.append(example.id)
+        captions.extend(texts)
+        caption_ids.extend(f"{example.id}#{number}" for number in range(len(texts)))
+        owners.extend([owner_of[image]] * len(texts))
+    return Gallery(
+        tuple(owner_of), np.array(first), tuple(names), tuple(captions), tuple(caption_ids), np.array(owners)
+    )
+
+
+def ranks(
+    image_NE: np.ndarray, text_ME: np.ndarray, *, owner_M: np.ndarray, block_bytes: int = 1 << 26
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pessimistic rank, from 1, of the best right candidate of every query.
+
+    Args:
+        image_NE: image embeddings, of any length.
+        text_ME: caption embeddings.
+        owner_M: the image each caption belongs to; every image owns at least one.
+        block_bytes: how many bytes of scores may exist at once.
+
+    Returns:
+        ``text_to_image_M`` and ``image_to_text_N``, int64.
+    """
+    image_NE, text_ME = unit(image_NE), unit(text_ME)
+    n_images, n_texts = len(image_NE), len(text_ME)
+    own_M = np.einsum("me,me->m", text_ME, image_NE[owner_M])
+    best_own_N = np.full(n_images, -np.inf)
+    np.maximum.at(best_own_N, owner_M, own_M)
+    ahead_of_image_M = np.zeros(n_texts, dtype=np.int64)
+    ahead_of_text_N = np.zeros(n_images, dtype=np.int64)
+    block = max(1, block_bytes // (8 * n_texts))
+    for start in range(0, n_images, block):
+        rows = slice(start, min(start + block, n_images))
+        score_BM = image_NE[rows] @ text_ME.T
+        # The right pairs are taken out, so whatever is left and scores as well stands ahead.
+        here = np.flatnonzero((owner_M >= rows.start) & (owner_M < rows.stop))
+        score_BM[owner_M[here] - start, here] = -np.inf
+        ahead_of_image_M += (score_BM >= own_M - TIE).sum(axis=0)
+        ahead_of_text_N[rows] = (score_BM >= best_own_N[rows, None] - TIE).sum(axis=1)
+    return 1 + ahead_of_image_M, 1 + ahead_of_text_N
+
+
+def _mean_recall(found: dict[str, Outcomes], rows: Rows) -> Outcomes:
+    """The mean of all recalls as one value a query: weights give every recall the same say."""
+    ids = [f"{direction}:{name}" for direction, name in zip(rows["direction"], rows["id"])]
+    values = np.zeros(len(ids))
+    weights = np.zeros(len(ids))
+    direction = np.asarray(rows["direction"])
+    for metric, wanted in (("image_retrieval", TEXT_TO_IMAGE), ("text_retrieval", IMAGE_TO_TEXT)):
+        here = direction == wanted
+        values[here] = np.mean([o.values for name, o in found.items() if name.startswith(metric)], axis=0)
+        weights[here] = 1.0 / here.sum()
+    return Outcomes(ids, values, [str(image) for image in rows["image"]], binary=False, weights=weights)
+
+
+def _chance(gallery: Gallery, ks: tuple[int, ...]) -> dict[str, float]:
+    """Recalls of a random order without ties; image to text, one minus the chance of drawing no own caption."""
+    n_images, n_texts = len(gallery.images), len(gallery.captions)
+    owned = Counter(gallery.owner_M.tolist()).values()
+    chance: dict[str, float] = {}
+    for k in ks:
+        chance[f"image_retrieval_recall@{k}"] = min(1.0, k / n_images)
+        missed = [
+            np.prod([max(0.0, (n_texts - count - draw) / (n_texts - draw)) for draw in range(min(k, n_texts))])
+            for count in owned
+        ]
+        chance[f"text_retrieval_recall@{k}"] = 1.0 - float(np.mean(missed))
+    return chance | {"mean_recall": float(np.mean(list(chance.values())))}
+
+
+def _notes(gallery: Gallery, n_entries: int) -> list[str]:
+    owners: dict[str, set[int]] = {}
+    for caption, owner in zip(gallery.captions, gallery.owner_M.tolist()):
+        owners.setdefault(caption, set()).add(owner)
+    shared = sum(len(owners[caption]) > 1 for caption in gallery.captions)
+    notes = []
+    if shared:
+        notes.append(f"{shared} of {len(gallery.captions)} captions also belong, word for word, to another image")
+    if n_entries > len(gallery.images):
+        notes.append(f"{n_entries - len(gallery.images)} entries repeat an image byte for byte and were joined to it")
+    return notes
+
+
+ADAPTER = Retrieval()

@@ -1,0 +1,164 @@
+"""Which tasks a call means: cards by full name, kinds, suites, and a user's own data.
+
+- A card's full name (``linear/cifar10``) is a demand: absent data or a model without the parts is an error.
+- A kind (``linear``) or a suite is a wish: what cannot run is skipped, and said.
+- With ``--data`` a kind runs on those data with the adapter's own settings, under the name ``<kind>/<folder>``.
+
+``find_data`` is read by ``vlbench list tasks`` too, so nothing here loads torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlbench.core.cards import TaskCard, suites, task_cards
+from vlbench.core.catalog import ADAPTERS
+from vlbench.core.errors import UserError
+from vlbench.core.names import slug, unknown
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One task to run."""
+
+    card: TaskCard
+    spec: str
+    """Where its data are, as a data spec that needs no further root."""
+    said: str
+    """The same as the card or the user wrote it: what a result records."""
+    named: bool
+    """Asked for by its full name: it must not be skipped."""
+
+
+@dataclass(frozen=True)
+class Skip:
+    """One task of a kind or suite that cannot run, and why."""
+
+    task: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a call asks for, in its order, each task once."""
+
+    choices: tuple[Choice, ...]
+    skipped: tuple[Skip, ...]
+
+
+def select(names: str | Sequence[str], *, data: Sequence[str], root: Path) -> Selection:
+    """The tasks behind ``--tasks``.
+
+    Args:
+        names: task, kind and suite names; a string is cut at commas.
+        data: the user's own data specs (``--data``); empty: the cards' data under ``root``.
+        root: the data root.
+
+    Raises:
+        UserError: for an unknown name (with the nearest one), a named task without its data, or nothing left to run.
+    """
+    words = [word.strip() for word in (names.split(",") if isinstance(names, str) else names)]
+    words = [word for word in words if word]
+    if not words:
+        raise UserError("--tasks names no task; for instance --tasks zeroshot,linear (see `vlbench list tasks`)")
+    choices: dict[str, Choice] = {}
+    skipped: dict[str, Skip] = {}
+    for word in words:
+        for item in _own(word, data) if data else _shipped(word, root):
+            if isinstance(item, Skip):
+                skipped[item.task] = item
+            elif item.card.name not in choices or item.named:
+                choices[item.card.name] = item
+    if not choices:
+        raise UserError("nothing to run: " + "; ".join(f"{skip.task}: {skip.reason}" for skip in skipped.values()))
+    return Selection(tuple(choices.values()), tuple(skip for name, skip in skipped.items() if name not in choices))
+
+
+def find_data(card: TaskCard, root: Path) -> str | None:
+    """The first of the card's data that is on this machine, as a data spec, or None. Makes nothing, opens nothing."""
+    choice = _choose(card, root, named=False)
+    return choice.spec if choice else None
+
+
+def own_card(kind: str, spec: str) -> TaskCard:
+    """A card for a user's own data: the adapter's own settings and headline metric, no chance level known beforehand.
+
+    The spec is no part of it, so that a folder that moved is the same task; the data's fingerprint tells data apart.
+    """
+    adapter: Any = ADAPTERS.get(kind)
+    name = f"{kind}/{_folder_name(spec)}"
+    if name in task_cards():
+        name = f"{kind}/own-{_folder_name(spec)}"  # a shipped card's name promises its protocol and its data
+    return TaskCard(name=name, version=1, title=f"{kind} on {spec}", adapter=kind, data=(), metric=adapter.metric)
+
+
+def _shipped(word: str, root: Path) -> Iterable[Choice | Skip]:
+    cards = task_cards()
+    kinds = {card.kind for card in cards.values()}
+    if word in cards:
+        choice = _choose(cards[word], root, named=True)
+        if choice is None:
+            raise UserError(f"task {word}: {_absent(cards[word], root)}")
+        return [choice]
+    if word in kinds:
+        wanted = [card for card in cards.values() if card.kind == word]
+    elif word in suites():
+        wanted = [cards[name] for name in suites()[word]]
+    else:
+        raise UserError(unknown("task", word, {*cards, *kinds, *suites()}) + " (see `vlbench list tasks`)")
+    return [_choose(card, root, named=False) or Skip(card.name, _absent(card, root)) for card in wanted]
+
+
+def _choose(card: TaskCard, root: Path, *, named: bool) -> Choice | None:
+    """The card on the first of its data that is on this machine."""
+    from vlbench.data.sources import is_present
+    from vlbench.data.spec import rebase
+
+    for text in card.data:
+        spec = rebase(text, root)
+        if spec.startswith("hf:") and spec == text:
+            continue  # not under the root; a hub data set that happens to have this name is not what the card means
+        # The embedded world is made on first use.
+        if spec.partition(":")[0] == "shapes" or is_present(spec):
+            return Choice(card, spec, said=text, named=named)
+    return None
+
+
+def _own(word: str, data: Sequence[str]) -> Iterable[Choice]:
+    from vlbench.data.spec import parse_spec
+
+    specs = [parse_spec(spec).bare for spec in data]
+    cards = task_cards()
+    if word in cards:
+        if len(specs) > 1:
+            raise UserError(f"task {word}: one --data says where its data are; {len(specs)} were given")
+        return [Choice(cards[word], specs[0], said=specs[0], named=True)]
+    if word in suites():
+        raise UserError(f"suite {word!r} names its own data; with --data, ask for kinds: {', '.join(ADAPTERS.names())}")
+    if word not in ADAPTERS.names():
+        raise UserError(unknown("kind of task", word, {*ADAPTERS.names(), *cards}))
+    return [Choice(own_card(word, spec), spec, said=spec, named=False) for spec in specs]
+
+
+def _absent(card: TaskCard, root: Path) -> str:
+    paths = ", ".join(card.data)
+    how = f"; to get it: {card.how_to_get}" if card.how_to_get else ""
+    return f"no data under {root} (looked for {paths}){how}; or name the folder with --data-root"
+
+
+def _folder_name(spec: str) -> str:
+    """What a user calls the data: the last part of the path that is not a pattern."""
+    from vlbench.data.spec import parse_spec
+
+    parsed = parse_spec(spec)
+    if parsed.kind == "shapes":
+        return slug(f"shapes_{parsed.path}" if parsed.path else "shapes")
+    path = Path(parsed.path).expanduser()
+    if path.name in ("", ".", ".."):
+        path = path.resolve()
+    while any(sign in path.name for sign in "{}*") and path.parent != path:
+        path = path.parent
+    return slug(path.stem if path.is_file() else path.name)
