@@ -1,0 +1,64 @@
+"""The spec ``shapes:PART[?root=DIR&seed=0]``: the embedded world, made on first use and read by the real readers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from vlbench.core.errors import UserError
+from vlbench.core.names import unknown
+from vlbench.core.paths import cache_dir
+from vlbench.core.types import Source
+from vlbench.data.shapes.world import PARTS, VERSION
+from vlbench.data.shapes.write import write_world
+from vlbench.data.sources import Reader, list_splits, open_source
+from vlbench.data.spec import DataSpec
+
+_READ_BY = {"labels": "imagefolder", "coco": "coco"}  # the other parts are webdataset shards
+_DEFAULT_PART = "pairs"
+
+
+def default_root(seed: int = 0) -> Path:
+    """Where the world of a seed lies unless another place is named."""
+    return cache_dir() / "shapes" / f"{VERSION}-seed{seed}"
+
+
+def real_spec(spec: DataSpec) -> DataSpec:
+    """The spec of the files behind ``spec``, which are made now if they are not there.
+
+    Raises:
+        UserError: for an unknown part, a seed that is not a whole number, or a root that holds something else.
+    """
+    part = spec.path or _DEFAULT_PART
+    if part not in PARTS:
+        raise UserError(f"data {spec.text!r}: {unknown('part of shapes', part, PARTS)}")
+    seed_text = spec.options.get("seed", "0")
+    if not seed_text.isdecimal():
+        raise UserError(f"data {spec.text!r}: seed must be a whole number, not {seed_text!r}")
+    seed = int(seed_text)
+    named = spec.options.get("root")
+    root = write_world(Path(named).expanduser() if named else default_root(seed), seed=seed)
+    kind = _READ_BY.get(part, "wds")
+    return replace(spec, kind=kind, path=str(root / part), options={}, text=f"{kind}:{root / part}")
+
+
+def _open(spec: DataSpec, split: str | None) -> Source:
+    return open_source(real_spec(spec), split)
+
+
+def _splits(spec: DataSpec) -> tuple[str, ...]:
+    return list_splits(real_spec(spec))
+
+
+def _present(spec: DataSpec) -> bool:
+    return True
+
+
+READER = Reader(
+    name="shapes",
+    open=_open,
+    splits=_splits,
+    help="the embedded world: shapes[:pairs|labels|classes|seen|heldout|retrieval|coco]",
+    options={"root": "folder of the world, made there if it is absent", "seed": "which world"},
+    present=_present,
+)
