@@ -1,0 +1,148 @@
+"""What the model is fed does not depend on who feeds it: workers, ranks, parts, or the step it starts from."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vlbench.core.catalog import RECIPES
+from vlbench.core.config import override
+from vlbench.core.errors import UserError
+from vlbench.core.types import Example
+from vlbench.data.sources import BaseSource
+from vlbench.data.stream import Mixture
+from vlbench.recipes.supervised import RECIPE
+from vlbench.train.batches import Positions, Samples, batches, open_mixture
+from vlbench.train.distributed import Ranks
+
+ALONE = Ranks()
+
+
+def feed(config: Any, *, start: int = 0, here: Ranks = ALONE) -> list[dict[str, torch.Tensor]]:
+    return list(batches(RECIPE, config, open_mixture(RECIPE, config), start=start, here=here, pin=False))
+
+
+def joined(fed: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
+    return torch.cat([batch["images_BCHW"] for batch in fed])
+
+
+def test_batches_do_not_depend_on_workers_ranks_parts_or_start(settings: Callable[..., Any]) -> None:
+    whole = joined(feed(settings()))
+    assert whole.shape == (96, 3, 32, 32)
+    assert whole.dtype == torch.uint8
+    assert torch.equal(joined(feed(settings("workers=2"))), whole)
+    assert torch.equal(joined(feed(settings("accumulate=4"))), whole)
+    assert torch.equal(joined(feed(settings(), start=5)), whole[40:])
+    ranks = [feed(settings("accumulate=2"), here=Ranks(rank, 2)) for rank in range(2)]
+    assert torch.equal(joined([batch for pair in zip(*ranks, strict=True) for batch in pair]), whole)
+
+
+def test_positions_cut_every_batch_into_parts_and_ranks(settings: Callable[..., Any]) -> None:
+    config = settings("steps=3", "batch_size=8", "accumulate=2")
+    mine = list(Positions(config, start=1, here=Ranks(1, 2)))
+    assert mine == [[10, 11], [14, 15], [18, 19], [22, 23]]
+    assert len(Positions(config, start=1, here=Ranks(1, 2))) == 4
+
+
+class Spoken(BaseSource):
+    """Black images with captions, labels, templates, as the test wants."""
+
+    def __init__(self, examples: Sequence[Example], **about: Any) -> None:
+        super().__init__("spoken", None, **about)
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.examples[index]
+
+    def ids(self) -> list[str]:
+        return [example.id for example in self.examples]
+
+    def labels(self) -> list[int | None]:
+        return [example.label for example in self.examples]
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def samples(sources: Sequence[Any], *assignments: str) -> list[Any]:
+    recipe = RECIPES.get("unicl")
+    config = override(recipe.presets["tiny"], ["visual.image_size=8", *assignments])
+    data = Samples(recipe, config, Mixture(sources, None, 0, needs=recipe.needs))
+    return [data[position] for position in range(64)]
+
+
+def test_texts_come_from_captions_else_from_the_sources_own_templates() -> None:
+    base = Example(id="x", image=png())
+    captions = Spoken([replace(base, texts={"en": ("one", "two"), "de": ("eins",)})], provides={"image", "text"})
+    labels = Spoken(
+        [replace(base, label=0), replace(base, label=1)],
+        provides={"image", "label"},
+        classes=("red_square", "ring"),
+        templates=("a {}!",),
+    )
+    plain = Spoken([replace(base, label=0)], provides={"image", "label"}, classes=("ring",))
+    found = {(sample.text, sample.label) for sample, bad in samples([captions, labels])}
+    assert found == {("one", -1), ("two", -1), ("a red square!", 0), ("a ring!", 1)}
+    assert {s.text for s, _ in samples([captions], "languages=[de]")} == {"eins"}
+    assert len({s.text for s, _ in samples([plain])}) == 8  # ours, and every one is used
+    assert all("ring" in s.text for s, _ in samples([plain], "templates=imagenet81"))
+    assert {s.text for s, _ in samples([labels], "templates=simple")} > {"this is a ring."}
+
+
+def test_caption_in_no_wanted_language_is_a_bad_example_and_all_of_them_an_error() -> None:
+    base = Example(id="x", image=png())
+    german = replace(base, id="g", texts={"de": ("eins",)})
+    mixed = Spoken([german, replace(base, id="e", texts={"en": ("one",)})], provides={"image", "text"})
+    found = samples([mixed])
+    assert {sample.text for sample, _ in found} == {"one"}
+    assert {error.kind for _, bad in found for error in bad} == {"no text in en"}
+    (only,) = {str(error) for error in samples([Spoken([german], provides={"image", "text"})])}
+    assert "no text in en" in only
+
+
+def test_sources_are_checked_for_what_the_recipe_needs(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("filepath\ttitle\n" + f"{folder / 'red' / '0.png'}\ta red thing\n")
+    captions = f"csv:{tmp_path / 'a.csv'}"
+    for name, data, wrong in (
+        ("supervised", (f"imagefolder:{folder}", captions), "a.csv' has no labels, and supervised learns from labels"),
+        ("clip", (), "no data of its own; give --data"),
+    ):
+        recipe = RECIPES.get(name)
+        config = recipe.presets["tiny"].model_copy(update={"data": data})
+        with pytest.raises(UserError, match=wrong):
+            open_mixture(recipe, config)
+    clip = RECIPES.get("clip")
+    both = clip.presets["tiny"].model_copy(update={"data": (f"imagefolder:{folder}@3", f"{captions}@1")})
+    mixture = open_mixture(clip, both)
+    counts = [mixture.locate(position)[0] for position in range(128)]
+    assert (counts.count(0), counts.count(1)) == (96, 32)
+
+
+def test_users_error_in_a_loader_process_arrives_as_itself(settings: Callable[..., Any], folder: Path) -> None:
+    class Broken:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(RECIPE, name)
+
+        def collate(self, config: Any, samples: Any) -> Any:
+            raise AssertionError("not reached")
+
+    config = settings("workers=1", "steps=1")
+    mixture = open_mixture(RECIPE, config)
+    mixture.sources = (Spoken([Example(id="empty", label=0)] * 48, provides={"image", "label"}),)  # type: ignore
+    with pytest.raises(UserError, match="in a row") as error:
+        list(batches(Broken(), config, mixture, start=0, here=ALONE, pin=False))  # type: ignore[arg-type]
+    assert "Traceback" not in str(error.value)

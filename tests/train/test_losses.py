@@ -1,0 +1,196 @@
+"""The contrastive losses against float64 formulas, open_clip, their limits, and themselves over ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.train.conftest import on_ranks
+from vlbench.train.distributed import gather_constant, ranks, session
+from vlbench.train.losses import clip_loss, cross_entropy, own_classes, unicl_loss
+
+
+def unit(seed: int, rows: int = 12, width: int = 7, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    rows_BD = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    return F.normalize(rows_BD, dim=-1).to(dtype).requires_grad_()
+
+
+def scale(value: float = 14.3, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.tensor(value, dtype=dtype, requires_grad=True)
+
+
+def grads(loss: torch.Tensor, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, inputs))
+
+
+def unicl_by_hand(image: np.ndarray, text: np.ndarray, labels: list[int], s: float) -> float:
+    """Algorithm 1 in plain loops: captions (-1) are positives of nothing but themselves."""
+    n = len(labels)
+    total = 0.0
+    for logits in (s * image @ text.T, s * text @ image.T):
+        for i in range(n):
+            positives = [j for j in range(n) if i == j or (labels[i] >= 0 and labels[i] == labels[j])]
+            log_sum = math.log(sum(math.exp(x) for x in logits[i]))
+            total += sum(log_sum - logits[i][j] for j in positives) / len(positives) / n
+    return total / 2
+
+
+def test_clip_loss_is_open_clips_value_and_gradient() -> None:
+    from open_clip.loss import ClipLoss
+
+    image, text, s = unit(0), unit(1), scale()
+    ours, theirs = clip_loss(image, text, s), ClipLoss()(image, text, s)
+    assert abs(ours - theirs) < 1e-12
+    for mine, other in zip(grads(ours, image, text, s), grads(theirs, image, text, s), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-12)
+    single = [tensor.detach().float() for tensor in (image, text, s)]
+    assert abs(clip_loss(*single) - ours) < 1e-6
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 1, 2, -1, 1, -1, 5, 5, 5, -1, 3], [-1] * 12, [4] * 12, list(range(12))])
+def test_unicl_loss_is_the_formula_value_and_gradient(labels: list[int]) -> None:
+    image, text, s = unit(2), unit(3), scale(9.0)
+    given = torch.tensor(labels)
+    loss = unicl_loss(image, text, given, s)
+    by_hand = unicl_by_hand(image.detach().numpy(), text.detach().numpy(), labels, 9.0)
+    assert loss.item() == pytest.approx(by_hand, abs=1e-12)
+    assert given.tolist() == labels, "the caller's labels were changed"
+    assert torch.autograd.gradcheck(lambda *x: unicl_loss(x[0], x[1], given, x[2]), (image, text, s))
+
+
+def test_unicl_loss_with_distinct_labels_is_clip_loss_exactly() -> None:
+    image, text, s = unit(4, 64, 16, torch.float32), unit(5, 64, 16, torch.float32), scale(30.0, torch.float32)
+    for labels in (torch.randperm(64), torch.full((64,), -1), torch.tensor([*range(32), *[-1] * 32])):
+        unicl, clip = unicl_loss(image, text, labels, s), clip_loss(image, text, s)
+        assert torch.equal(unicl, clip)
+        for mine, other in zip(grads(unicl, image, text, s), grads(clip, image, text, s), strict=True):
+            assert torch.equal(mine, other)
+
+
+def test_unicl_loss_floor_is_the_mean_log_number_of_positives() -> None:
+    labels = torch.tensor([0] * 8 + [1] * 4 + [2] * 2 + [-1] * 2)
+    centres = torch.eye(5, dtype=torch.float64)
+    perfect = centres[torch.tensor([0] * 8 + [1] * 4 + [2] * 2 + [3, 4])]
+    floor = (8 * math.log(8) + 4 * math.log(4) + 2 * math.log(2)) / 16
+    assert unicl_loss(perfect, perfect, labels, 1000.0).item() == pytest.approx(floor, abs=1e-12)
+    assert unicl_loss(perfect, perfect, labels, 5.0).item() > floor + 1e-3
+    eight_classes = torch.arange(64) % 8  # 64 images of 8 classes: ln 8 = 2.08
+    assert unicl_loss(
+        torch.eye(8)[eight_classes], torch.eye(8)[eight_classes], eight_classes, 100.0
+    ).item() == pytest.approx(math.log(8), abs=1e-5)
+
+
+def test_losses_do_not_depend_on_the_order_of_the_batch() -> None:
+    image, text, labels = unit(6), unit(7), torch.tensor([0, 0, 1, -1, 2, 2, 2, -1, 1, 4, -1, 0])
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    for loss, again in (
+        (clip_loss(image, text, 7.0), clip_loss(image[order], text[order], 7.0)),
+        (unicl_loss(image, text, labels, 7.0), unicl_loss(image[order], text[order], labels[order], 7.0)),
+    ):
+        assert loss.item() == pytest.approx(again.item(), abs=1e-12)
+
+
+def test_clip_loss_limits() -> None:
+    one = unit(8, rows=1)
+    assert clip_loss(one, unit(9, rows=1), 14.3).item() == 0.0
+    same = torch.ones(32, 4, dtype=torch.float64) / 2
+    assert clip_loss(same, same, 14.3).item() == pytest.approx(math.log(32))
+
+
+def test_losses_are_computed_in_float32_under_autocast() -> None:
+    image, text = unit(10, 64, 32, torch.float32), unit(11, 64, 32, torch.float32)
+    exact = clip_loss(image, text, 100.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(clip_loss(image, text, 100.0), exact)
+    assert clip_loss(image.bfloat16(), text.bfloat16(), 100.0).dtype == torch.float32
+
+
+def test_own_classes_never_collide() -> None:
+    assert own_classes(torch.tensor([3, -1, 3, -1, 0])).tolist() == [3, 5, 3, 7, 0]
+    assert own_classes(torch.tensor([-1, -1])).tolist() == [0, 1]
+
+
+def test_cross_entropy_is_torchs() -> None:
+    logits, labels = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0, 1])
+    assert torch.equal(cross_entropy(logits, labels), F.cross_entropy(logits, labels))
+    assert cross_entropy(logits.bfloat16(), labels).dtype == torch.float32
+
+
+class Towers(torch.nn.Module):
+    """Two linear towers in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = torch.nn.Linear(6, 5, dtype=torch.float64)
+        self.text = torch.nn.Linear(6, 5, dtype=torch.float64)
+        self.logit_scale = torch.nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+    def forward(self, pairs_B2X: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        image, text = self.image(pairs_B2X[:, 0]), self.text(pairs_B2X[:, 1])
+        return F.normalize(image, dim=-1), F.normalize(text, dim=-1), self.logit_scale.exp()
+
+
+# Captions on both ranks (rows 0 and 8 are the first of each), labels that both ranks have.
+LABELS = torch.tensor([-1, 0, 1, 1, 2, 4, -1, -1, -1, 0, 0, 1, 3, 3, 2, -1])
+
+
+def measure(kind: str, rows: slice, *, wrap: bool) -> list[float]:
+    """Value and all gradients, on the given rows of one whole batch."""
+    torch.manual_seed(0)
+    model, pairs, labels = Towers(), torch.randn(16, 2, 6, dtype=torch.float64)[rows], LABELS[rows]
+    called = DistributedDataParallel(model, find_unused_parameters=kind == "cross_entropy") if wrap else model
+    image, text, scale = called(pairs)
+    if kind == "clip":
+        loss = clip_loss(image, text, scale)
+    elif kind == "cross_entropy":
+        loss = cross_entropy(image, labels.clamp(min=0))
+    else:
+        loss = unicl_loss(image, text, labels if kind == "unicl" else torch.full_like(labels, -1), scale)
+    loss.backward()
+    flat = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()]
+    return [loss.item(), *torch.cat(flat).tolist()]
+
+
+@pytest.mark.parametrize("kind", ["clip", "unicl", "captions", "cross_entropy"])
+def test_losses_over_two_ranks_equal_one_process(kind: str, tmp_path: Path) -> None:
+    """Value on each rank and the mean gradient of every parameter, logit scale included."""
+
+    def on_rank() -> None:
+        with session("cpu"):
+            rank = ranks().rank
+            found = measure(kind, slice(8 * rank, 8 * rank + 8), wrap=True)
+            (tmp_path / str(rank)).write_text(json.dumps(found))
+
+    on_ranks(on_rank)
+    whole = measure(kind, slice(0, 16), wrap=False)
+    assert max(map(abs, whole[1:])) > 1e-3
+    for rank in (0, 1):
+        found = json.loads((tmp_path / str(rank)).read_text())
+        np.testing.assert_allclose(found, whole, rtol=0, atol=1e-12, err_msg=f"rank {rank}")
+
+
+def test_a_detached_gather_would_be_wrong(tmp_path: Path) -> None:
+    """The test above can fail: without the gradient through the gather, the direction changes too."""
+
+    def on_rank() -> None:
+        with session("cpu"), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("vlbench.train.losses.gather", lambda local: gather_constant(local.detach()))
+            rank = ranks().rank
+            (tmp_path / str(rank)).write_text(json.dumps(measure("clip", slice(8 * rank, 8 * rank + 8), wrap=True)))
+
+    on_ranks(on_rank)
+    found, whole = (
+        np.array(json.loads((tmp_path / "0").read_text())),
+        np.array(measure("clip", slice(0, 16), wrap=False)),
+    )
+    assert found[0] == pytest.approx(whole[0], abs=1e-12)
+    cosine = found[1:] @ whole[1:] / np.linalg.norm(found[1:]) / np.linalg.norm(whole[1:])
+    assert cosine < 0.99

@@ -1,0 +1,154 @@
+"""From data specs to batches. Position p of the endless stream is the same sample whoever asks for it.
+
+A step reads the positions ``[step * batch_size, (step + 1) * batch_size)``; each part of an accumulated batch, and each
+rank of a part, takes its contiguous share. So neither the number of loader processes nor the number of ranks nor
+a resume changes what the model sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vlbench.core.errors import BadExample, UserError
+from vlbench.core.types import Example, Recipe, Sample
+from vlbench.data.images import decode
+from vlbench.data.prompting import draw_text
+from vlbench.data.sources import open_source
+from vlbench.data.spec import parse_spec
+from vlbench.data.stream import Mixture
+from vlbench.data.transforms import augment
+from vlbench.train.config import PretrainConfig
+from vlbench.train.distributed import Ranks
+from vlbench.train.templates import named_templates
+
+Batch: TypeAlias = dict[str, torch.Tensor]
+Item: TypeAlias = tuple[Sample, tuple[BadExample, ...]]
+
+_PREFETCH = 4  # batches that each loader process keeps ready
+
+
+def open_mixture(recipe: Recipe, config: PretrainConfig) -> Mixture:
+    """The training data of a run, checked for what the recipe needs.
+
+    Raises:
+        UserError: where there are no data, or a source lacks a part, naming the source.
+    """
+    if not config.data:
+        raise UserError(f"pretrain {recipe.name}: this preset has no data of its own; give --data SPEC (once or more)")
+    specs = [parse_spec(text) for text in config.data]
+    sources = [open_source(spec) for spec in specs]
+    for source in sources:
+        if "label" in recipe.needs and not source.classes:
+            raise UserError(f"data {source.spec!r} has no labels, and {recipe.name} learns from labels; leave it out")
+        if "text" in recipe.needs and not source.classes and "text" not in source.provides:
+            raise UserError(f"data {source.spec!r} has neither texts nor labels, and {recipe.name} learns from texts")
+    return Mixture(
+        sources,
+        [spec.weight for spec in specs],
+        config.seed,
+        block=config.batch_size,
+        max_bad=config.max_bad,
+        needs=recipe.needs,
+    )
+
+
+class Samples(Dataset[Item | UserError]):
+    """The stream as a torch data set: index = position."""
+
+    def __init__(self, recipe: Recipe, config: PretrainConfig, mixture: Mixture) -> None:
+        self.recipe = recipe
+        self.config = config
+        self.mixture = mixture
+        self._templates = [named_templates(config.templates, source.templates) for source in mixture.sources]
+
+    def __getitem__(self, position: int) -> Item | UserError:
+        """The sample at ``position`` and the bad examples it was reached over.
+
+        An error of the user's comes back as a value: raised in a loader process, it would arrive as a traceback.
+        """
+        source, _, _ = self.mixture.locate(position)
+        try:
+            return self.mixture.sample(position, partial(self._make, self._templates[source]))
+        except UserError as error:
+            return error
+
+    def _make(self, templates: Sequence[str], example: Example, label: int, rng: np.random.Generator) -> Sample:
+        assert example.image is not None, "the mixture checks this"
+        side = self.config.visual.image_size
+        image = decode(example.image, where=example.id)
+        image_CHW, flipped = augment(image, rng, self.config.augment, (side, side))
+        text = self._text(templates, example, label, rng) if "text" in self.recipe.needs else None
+        return Sample(image_CHW=image_CHW, text=text, label=label, flipped=flipped)
+
+    def _text(self, templates: Sequence[str], example: Example, label: int, rng: np.random.Generator) -> str:
+        classname = self.mixture.classes[label] if label >= 0 else None
+        text = draw_text(example, classname, templates, rng, languages=self.config.languages)
+        if not text:
+            languages = ", ".join(self.config.languages)
+            raise BadExample(f"no text in {languages}", example.id, "and no label to make one of")
+        return text
+
+
+class Positions(Sampler[list[int]]):
+    """The stream positions of one rank, a list for each part of each step."""
+
+    def __init__(self, config: PretrainConfig, *, start: int, here: Ranks) -> None:
+        self._config = config
+        self._start = start
+        self._here = here
+
+    def __len__(self) -> int:
+        return (self._config.steps - self._start) * self._config.accumulate
+
+    def __iter__(self) -> Iterator[list[int]]:
+        part_size = self._config.batch_size // self._config.accumulate
+        share = part_size // self._here.world
+        for part in range(self._start * self._config.accumulate, self._config.steps * self._config.accumulate):
+            first = part * part_size + self._here.rank * share
+            yield list(range(first, first + share))
+
+
+class _Collate:
+    """Items to a batch, with the bad examples that were met; it travels to the loader processes."""
+
+    def __init__(self, recipe: Recipe, config: PretrainConfig) -> None:
+        self.recipe = recipe
+        self.config = config
+
+    def __call__(self, items: Sequence[Item | UserError]) -> tuple[Batch, list[BadExample]] | UserError:
+        samples, bad = [], []
+        for item in items:
+            if isinstance(item, UserError):
+                return item
+            samples.append(item[0])
+            bad.extend(item[1])
+        return self.recipe.collate(self.config, samples), bad
+
+
+def batches(
+    recipe: Recipe, config: PretrainConfig, mixture: Mixture, *, start: int, here: Ranks, pin: bool
+) -> Iterator[Batch]:
+    """One rank's batches from step ``start`` on, ``accumulate`` a step. Bad examples go to ``mixture.tally``."""
+    loader: DataLoader[Any] = DataLoader(
+        Samples(recipe, config, mixture),
+        batch_sampler=Positions(config, start=start, here=here),
+        collate_fn=_Collate(recipe, config),
+        num_workers=config.workers,
+        # Forked: a spawned process would import torch and open the data again, about ten seconds each.
+        multiprocessing_context="fork" if config.workers else None,
+        prefetch_factor=_PREFETCH if config.workers else None,
+        pin_memory=pin,
+    )
+    drawn = config.batch_size // config.accumulate // here.world
+    for collated in loader:
+        if isinstance(collated, UserError):
+            raise collated
+        batch, bad = collated
+        mixture.tally.record(bad, drawn=drawn)
+        yield batch
