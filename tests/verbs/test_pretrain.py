@@ -1,0 +1,170 @@
+"""``vlbench pretrain`` as it is typed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vlbench.core.errors import UserError
+from vlbench.models.weights import read_checkpoint
+from vlbench.verbs.calls import PRETRAIN_DEFAULTS
+from vlbench.verbs.pretrain import run
+
+SMALL = ("visual.image_size=32", "batch_size=8", "workers=0", "log_every=2")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for name in ("dark", "light"):
+        (root / name).mkdir()
+        for number in range(12):
+            pixels = rng.integers(0, 120, (24, 24, 3)) + (100 if name == "light" else 0)
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{number}.png")
+    return f"imagefolder:{root}"
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def arguments(data: str, /, **changes: Any) -> argparse.Namespace:
+    given = {"recipe": "supervised", "data": [data], "steps": 4, "checkpoint_every": 2, "set": list(SMALL)}
+    return argparse.Namespace(**{**PRETRAIN_DEFAULTS, **given, **changes})
+
+
+def weights(path: str | Path) -> dict[str, torch.Tensor]:
+    return read_checkpoint(path)["model"]
+
+
+def test_pretrain_prints_the_changes_the_checkpoint_and_what_to_do_next(
+    data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments(data)) == 0
+    out, err = capsys.readouterr()
+    assert "steps = 4 (preset: 300)" in out
+    assert "checkpoint: runs/supervised-tiny-s0/ckpt.pt\n" in out
+    assert "vlbench eval --model runs/supervised-tiny-s0/ckpt.pt --tasks linear,knn" in out
+    assert "step 4/4  loss " in err
+    stored = json.loads(Path("runs/supervised-tiny-s0/config.json").read_text())
+    assert (stored["recipe"], stored["preset"], stored["config"]["steps"]) == ("supervised", "tiny", 4)
+
+
+def test_pretrain_takes_the_next_free_folder_and_resumes_the_last(
+    data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("supervised-tiny-s7", "supervised-tiny-s7-2"):
+        run(arguments(data, seed=7, steps=1))
+        assert Path("runs", name, "ckpt.pt").is_file()
+    capsys.readouterr()
+    run(arguments(data, seed=7, steps=1, resume=True))
+    out, err = capsys.readouterr()
+    assert "checkpoint: runs/supervised-tiny-s7-2/ckpt.pt" in out
+    assert "this run is finished (1 steps)" in err
+    assert not Path("runs/supervised-tiny-s7-3").exists()
+
+
+def test_pretrain_resumes_with_the_runs_own_settings(data: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run(arguments(data, out="a"))
+    bare = argparse.Namespace(**{**PRETRAIN_DEFAULTS, "recipe": "supervised", "out": "a", "resume": True})
+    assert run(bare) == 0
+    assert "this run is finished (4 steps)" in capsys.readouterr().err
+    with pytest.raises(UserError, match="steps: 4, now 6"):
+        run(arguments(data, out="a", resume=True, steps=6))
+    with pytest.raises(UserError, match="a is a run of supervised, not of clip"):
+        run(arguments(data, out="a", resume=True, recipe="clip"))
+    with pytest.raises(UserError, match="already holds a run; go on with it by --resume"):
+        run(arguments(data, out="a"))
+
+
+def test_pretrain_with_another_backbone(data: str) -> None:
+    run(arguments(data, backbone="timm:test_vit", out="vit", steps=1))
+    assert read_checkpoint("vit/ckpt.pt")["card"]["arch"] == "timm:test_vit"
+
+
+@pytest.mark.parametrize(
+    "changes, answer",
+    [
+        ({"recipe": "supervized"}, "unknown recipe 'supervized'; did you mean 'supervised'"),
+        ({"preset": "papper"}, "unknown preset 'papper'; did you mean 'paper'"),
+        ({"preset": "paper", "data": None}, "give --data"),
+        ({"backbone": "timm:test_resnt"}, "did you mean 'test_resnet'"),
+        ({"backbone": "test_resnet"}, "for instance timm:test_resnet"),
+        ({"set": ["optim.rl=1"]}, "unknown setting 'rl'; did you mean 'lr'"),
+        ({"set": ["optim.lr=fast"]}, "optim.lr: Input should be a valid number"),
+        ({"set": ["batch_size=9", "accumulate=2"]}, "batch_size 9 cannot be cut into accumulate=2"),
+        ({"steps": 0}, "pretrain supervised: steps: Input should be greater than or equal to 1 (got 0)"),
+        ({"device": "cuda:99"}, "--device cuda:99"),
+        ({"device": "gpu"}, "--device gpu: expected cpu, cuda or cuda:<number>"),
+        ({"data": ["imagefolder:nowhere"]}, "nowhere"),
+    ],
+)
+def test_pretrain_answers_a_mistake_with_one_line_and_leaves_nothing(
+    changes: dict[str, Any], answer: str, data: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        run(arguments(data, **changes))
+    assert answer in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not Path("runs").exists()
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "vlbench", "pretrain", *words]
+
+
+def test_pretrain_under_torchrun_equals_one_process(data: str) -> None:
+    """CLIP's loss over two ranks on a network without batch statistics."""
+    words = ["clip", "--backbone", "timm:test_vit", "--data", data, "--steps", "3", "--device", "cpu"]
+    words += [word for setting in SMALL for word in ("--set", setting)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    alone = subprocess.Popen(command(*words, "--out", "one"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    two = subprocess.run([*torchrun, *command(*words)[1:]], capture_output=True, text=True, check=True, timeout=180)
+    assert alone.wait(timeout=180) == 0
+    assert two.stdout.count("checkpoint: runs/clip-tiny-s0/ckpt.pt") == 1
+    found, expected = weights("runs/clip-tiny-s0/ckpt.pt"), weights("one/ckpt.pt")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["clip", "unicl"])
+def test_pretrain_killed_at_five_random_moments_gives_the_same_weights(recipe: str) -> None:
+    words = [recipe, "--steps", "60", "--checkpoint-every", "10", "--seed", "3", "--set", "batch_size=32"]
+    start = time.monotonic()
+    subprocess.run(command(*words, "--out", "whole"), check=True, capture_output=True)
+    whole = time.monotonic() - start
+    moments, kills = random.Random(0), 0
+    while True:
+        process = subprocess.Popen(
+            command(*words, "--out", "killed", "--resume"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            process.wait(timeout=moments.uniform(0.4, 0.8) * whole if kills < 5 else 600)
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+            continue
+        assert process.returncode == 0
+        break
+    assert kills >= 1
+    found, expected = weights("killed/ckpt.pt"), weights("whole/ckpt.pt")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    steps = [json.loads(line)["step"] for line in Path("killed/log.jsonl").read_text().splitlines()]
+    assert steps == [20, 40, 60]

@@ -1,0 +1,1 @@
+"""Recipes: one paper, one module, each with its settings, model and loss."""

@@ -1,0 +1,108 @@
+"""What recipes share: pixels to the network, two towers, batches of images and texts.
+
+A recipe's module then holds its settings, with their sources, and its loss.
+
+Source tags in presets name the repository or notes that a value was read in; a value marked "unverified" is from
+memory of the paper and was not read. Shapes: B batch, C channels, H height, W width, L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+
+from vlbench.core.cards import TextSpec
+from vlbench.core.types import Backbone, Part, Sample
+from vlbench.data.transforms import Augment, normalise
+from vlbench.models.export import export_two_tower
+from vlbench.models.text import TextConfig, Tokenizer
+from vlbench.models.two_tower import TwoTower
+from vlbench.train.config import PretrainConfig
+
+
+class TwoTowerConfig(PretrainConfig):
+    """Settings of a recipe with an image tower and a text tower."""
+
+    text: TextConfig = TextConfig()
+    embed_dim: int
+    """Width of the joint space."""
+    logit_scale_init: float
+    """The stored parameter: the logarithm of the initial scale."""
+    logit_scale_max: float | None
+    """Largest scale (not its logarithm), held after every step; None: no clamp."""
+    projection_std: float | None = None
+    """Standard deviation of both projections at the start; None: width^-0.5."""
+
+
+class BaseRecipe:
+    """The parts of ``core.types.Recipe`` that are the same for all."""
+
+    name: str
+    Config: ClassVar[type[PretrainConfig]]
+    presets: Mapping[str, Any]
+    needs: frozenset[Part]
+
+    def after_step(self, model: torch.nn.Module) -> None:
+        """Nothing."""
+
+    def images(self, batch: Mapping[str, torch.Tensor], config: PretrainConfig) -> torch.Tensor:
+        """``images_BCHW`` of a batch, normalised, float32, in the channels-last layout that the model has too."""
+        images_BCHW = normalise(batch["images_BCHW"], config.preprocess())
+        return images_BCHW.contiguous(memory_format=torch.channels_last)
+
+
+class TwoTowerRecipe(BaseRecipe):
+    """Recipes that compare images with texts; a subclass adds its loss."""
+
+    needs: frozenset[Part] = frozenset({"image", "text"})
+
+    def build(self, config: Any, classes: Sequence[str]) -> TwoTower:
+        """Two fresh towers."""
+        return TwoTower(
+            config.visual,
+            config.text,
+            embed_dim=config.embed_dim,
+            logit_scale_init=config.logit_scale_init,
+            logit_scale_max=config.logit_scale_max,
+            projection_std=config.projection_std,
+        )
+
+    def collate(self, config: Any, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        """Images, tokens padded to the longest text of the batch, labels (-1: a caption)."""
+        texts = [sample.text for sample in samples]
+        assert all(text is not None for text in texts), f"{self.name} needs texts"
+        return {
+            "images_BCHW": torch.stack([sample.image_CHW for sample in samples]),
+            "tokens_BL": _tokenizer(config.text.spec())(texts),
+            "labels_B": torch.tensor([sample.label for sample in samples]),
+        }
+
+    def after_step(self, model: torch.nn.Module) -> None:
+        """Hold the logit scale at its maximum, where there is one."""
+        assert isinstance(model, TwoTower), "a two-tower recipe trains a TwoTower"
+        model.clamp_logit_scale()
+
+    def export(self, model: torch.nn.Module, config: Any, classes: Sequence[str]) -> Backbone:
+        """Both towers."""
+        assert isinstance(model, TwoTower), "a two-tower recipe trains a TwoTower"
+        return export_two_tower(
+            model, model_id=self.name, recipe=self.name, preprocess=config.preprocess(), pretrain_data=config.data
+        )
+
+
+@cache
+def _tokenizer(spec: TextSpec) -> Tokenizer:
+    return Tokenizer(spec)
+
+
+TINY_TEXT = TextConfig(width=128, layers=2, heads=4, context_length=32)
+"""Two layers suffice for captions of a dozen words; the token embedding alone is 6.3M of its 6.8M parameters."""
+
+TINY_AUGMENT = Augment(crop_scale=(0.7, 1.0), flip=False)
+"""Mild: texts name colours, sizes and sides, so nothing may change them."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -1,0 +1,83 @@
+"""CLIP: Learning Transferable Visual Models From Natural Language Supervision (Radford et al., ICML 2021, 2103.00020).
+
+Source tags: [N-CLIP] detailed notes of the paper, its tables 19 and 20 among them; [C:file] openai/CLIP at d05afc4;
+[O:file] mlfoundations/open_clip.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from vlbench.data.transforms import Augment
+from vlbench.models.text import TextConfig
+from vlbench.models.vision import VisualConfig
+from vlbench.recipes.base import TINY_AUGMENT, TINY_TEXT, TwoTowerConfig, TwoTowerRecipe
+from vlbench.train.config import OptimConfig, ScheduleConfig
+from vlbench.train.losses import clip_loss
+
+
+class ClipConfig(TwoTowerConfig):
+    """CLIP's settings."""
+
+    embed_dim: int = 512
+    logit_scale_init: float = math.log(1 / 0.07)  # section 2.5; [N-CLIP]
+    logit_scale_max: float | None = 100.0  # section 2.5: "clipped to prevent scaling the logits by more than 100"
+
+
+# What two CPU cores learn from the embedded world in about a minute; values found on that world, none published.
+TINY = ClipConfig(
+    data=("shapes:pairs",),
+    steps=300,
+    batch_size=128,
+    optim=OptimConfig(lr=2e-3, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, clip_norm=1.0),
+    schedule=ScheduleConfig(warmup=0.1, final=0.0),
+    visual=VisualConfig(arch="timm:test_resnet", image_size=64),
+    text=TINY_TEXT,
+    embed_dim=128,
+    augment=TINY_AUGMENT,
+    checkpoint_every=100,
+)
+
+# RN50 of the paper's tables 19 and 20. 59.6% zero-shot on ImageNet [N-CLIP].
+PAPER = ClipConfig(
+    data=(),  # 400M pairs (WIT), never released
+    steps=390_625,  # 32 epochs of 400M pairs [N-CLIP] in batches of 32,768: computed
+    batch_size=32_768,  # [N-CLIP]
+    optim=OptimConfig(
+        lr=5e-4,  # RN50's row of table 19 [N-CLIP]
+        weight_decay=0.2,  # [N-CLIP]; not on gains and biases (the rule: [O:legacy_main.py])
+        betas=(0.9, 0.999),  # ResNets; the ViTs have 0.98 [N-CLIP]
+        eps=1e-8,  # ResNets; the ViTs have 1e-6 [N-CLIP]
+        clip_norm=None,  # none is named
+    ),
+    schedule=ScheduleConfig(kind="cosine", warmup=2000, final=0.0),  # [N-CLIP]
+    visual=VisualConfig(arch="open_clip:RN50-quickgelu", image_size=224),  # [N-CLIP]; ModifiedResNet [C:clip/model.py]
+    text=TextConfig(width=512, layers=12, heads=8, context_length=77, quick_gelu=True),  # [N-CLIP]; [C:clip/model.py]
+    embed_dim=1024,  # RN50's row of table 19 [N-CLIP]
+    # The paper: a random square crop of the resized image, nothing else [N-CLIP]; this range is open_clip's default.
+    augment=Augment(crop_scale=(0.9, 1.0), flip=False),
+    precision="bf16",  # the paper: fp16 with half-precision Adam statistics [N-CLIP]
+    workers=8,
+    checkpoint_every=5000,
+    log_every=100,
+)
+
+
+class Clip(TwoTowerRecipe):
+    """Image i belongs to text i and to no other text of the batch."""
+
+    name = "clip"
+    Config = ClipConfig
+    presets: Mapping[str, Any] = {"tiny": TINY, "paper": PAPER}
+
+    def loss(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+        """Symmetric cross-entropy over the whole batch of all ranks."""
+        image_BE, text_BE, logit_scale = model(self.images(batch, config), batch["tokens_BL"])
+        return {"loss": clip_loss(image_BE, text_BE, logit_scale), "logit_scale": logit_scale}
+
+
+RECIPE = Clip()

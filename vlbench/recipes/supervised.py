@@ -1,0 +1,107 @@
+"""Supervised pretraining: softmax cross-entropy over class labels, the baseline that every recipe is compared with.
+
+Source tags: [TV:file] pytorch/vision at 017e9b9, references/classification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from vlbench.core.types import Backbone, Part, Sample
+from vlbench.data.transforms import Augment
+from vlbench.models.classifier import Classifier
+from vlbench.models.export import export_visual
+from vlbench.models.vision import VisualConfig
+from vlbench.recipes.base import IMAGENET_MEAN, IMAGENET_STD, TINY_AUGMENT, BaseRecipe
+from vlbench.train.config import EvalImages, OptimConfig, PretrainConfig, ScheduleConfig
+from vlbench.train.distributed import mean_over_ranks
+from vlbench.train.losses import cross_entropy
+
+
+class SupervisedConfig(PretrainConfig):
+    """Settings of supervised pretraining."""
+
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+
+
+# What two CPU cores learn from the embedded world in about a minute; values found on that world, none published.
+TINY = SupervisedConfig(
+    data=("shapes:labels",),
+    steps=300,
+    batch_size=128,
+    optim=OptimConfig(lr=2e-3, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, clip_norm=1.0),
+    schedule=ScheduleConfig(warmup=0.1, final=0.0),
+    visual=VisualConfig(arch="timm:test_resnet", image_size=64),
+    augment=TINY_AUGMENT,
+    checkpoint_every=100,
+)
+
+# torchvision's reference run of ResNet-50 on ImageNet-1k, whose weights (IMAGENET1K_V1) reach 76.13% top-1.
+PAPER = SupervisedConfig(
+    data=(),  # ImageNet-1k: imagefolder:DIR
+    steps=450_410,  # 90 epochs [TV:train.py] of 1,281,167 images: computed
+    batch_size=256,  # 32 a GPU on 8 GPUs [TV:train.py, README.md]
+    optim=OptimConfig(
+        name="sgd",  # [TV:train.py]
+        lr=0.1,  # [TV:train.py]
+        momentum=0.9,  # [TV:train.py]
+        weight_decay=1e-4,  # [TV:train.py]
+        decay_vectors=True,  # --norm-weight-decay unset: everything decays [TV:train.py]
+        clip_norm=None,  # [TV:train.py]
+    ),
+    schedule=ScheduleConfig(kind="step", warmup=0, drops=2, factor=0.1),  # every 30 of 90 epochs by 0.1 [TV:train.py]
+    visual=VisualConfig(arch="torchvision:resnet50", image_size=224),  # [TV:train.py]: crop 224
+    augment=Augment(crop_scale=(0.08, 1.0), flip=True, interpolation="bilinear"),  # RandomResizedCrop's own defaults
+    eval_images=EvalImages(
+        resize_to=256, interpolation="bilinear", mean=IMAGENET_MEAN, std=IMAGENET_STD
+    ),  # [TV:train.py]
+    workers=8,
+    checkpoint_every=5000,
+    log_every=100,
+)
+
+
+class Supervised(BaseRecipe):
+    """A classifier over the union of all sources' classes; its head is thrown away afterwards."""
+
+    name = "supervised"
+    Config = SupervisedConfig
+    presets: Mapping[str, Any] = {"tiny": TINY, "paper": PAPER}
+    needs: frozenset[Part] = frozenset({"image", "label"})
+
+    def build(self, config: Any, classes: Sequence[str]) -> Classifier:
+        """A fresh tower and head."""
+        return Classifier(config.visual, len(classes))
+
+    def collate(self, config: Any, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        """Images and labels."""
+        return {
+            "images_BCHW": torch.stack([sample.image_CHW for sample in samples]),
+            "labels_B": torch.tensor([sample.label for sample in samples]),
+        }
+
+    def loss(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+        """Cross-entropy and accuracy on the augmented batch."""
+        logits_BC, labels_B = model(self.images(batch, config)), batch["labels_B"]
+        return {
+            "loss": cross_entropy(logits_BC, labels_B, smoothing=config.label_smoothing),
+            "train_accuracy": mean_over_ranks((logits_BC.argmax(1) == labels_B).float().mean()),
+        }
+
+    def export(self, model: torch.nn.Module, config: Any, classes: Sequence[str]) -> Backbone:
+        """The tower alone."""
+        assert isinstance(model, Classifier), "supervised training trains a Classifier"
+        return export_visual(
+            model.visual,
+            model_id=self.name,
+            recipe=self.name,
+            preprocess=config.preprocess(),
+            pretrain_data=config.data,
+        )
+
+
+RECIPE = Supervised()

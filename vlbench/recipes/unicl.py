@@ -1,0 +1,116 @@
+"""UniCL: Unified Contrastive Learning in Image-Text-Label Space (Yang et al., CVPR 2022, 2204.03610).
+
+The released repository holds no working training loop (its authors: "only supports inference"), so the loss is
+the paper's algorithm 1 and the settings are the repository's defaults. Source tag: [U:file] microsoft/UniCL, 9983bf8.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from vlbench.data.transforms import Augment
+from vlbench.models.text import TextConfig
+from vlbench.models.vision import VisualConfig
+from vlbench.recipes.base import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    TINY_AUGMENT,
+    TINY_TEXT,
+    TwoTowerConfig,
+    TwoTowerRecipe,
+)
+from vlbench.train.config import EvalImages, OptimConfig, ScheduleConfig
+from vlbench.train.losses import unicl_loss
+
+
+class UniclConfig(TwoTowerConfig):
+    """UniCL's settings."""
+
+    embed_dim: int = 512  # [U:model/model.py]
+    logit_scale_init: float = 1.0  # used as exp(1.0) = 2.718, not CLIP's 14.3 [U:model/model.py]
+    logit_scale_max: float | None = None  # no clamp anywhere [U:model/model.py]
+
+
+# What two CPU cores learn from the embedded world in about a minute; values found on that world, none published.
+TINY = UniclConfig(
+    data=("shapes:labels@1", "shapes:pairs@1"),  # balanced between image-label and image-text data
+    steps=300,
+    batch_size=128,
+    optim=OptimConfig(lr=2e-3, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, clip_norm=1.0),
+    schedule=ScheduleConfig(warmup=0.1, final=0.0),
+    visual=VisualConfig(arch="timm:test_resnet", image_size=64),
+    text=TINY_TEXT,
+    embed_dim=128,
+    logit_scale_init=math.log(1 / 0.07),  # CLIP's: a few hundred steps are too short to climb from e
+    logit_scale_max=100.0,
+    augment=TINY_AUGMENT,
+    checkpoint_every=100,
+)
+
+# Swin-T on IN-21K and YFCC-14M: 40.5% zero-shot on ImageNet [U:README].
+PAPER = UniclConfig(
+    data=(),  # image-label: IN-21K; image-text: YFCC-14M or GCC-15M [U:README]; weights 1 to 1 for balance
+    steps=213_300,  # 32 epochs [U:config.py] of about 27.3M examples (sizes unverified) in batches of 4,096: computed
+    batch_size=4096,  # from a review of the paper; the repository's own is 128 a GPU
+    optim=OptimConfig(
+        lr=4e-3,  # 5e-4 * batch / 512 [U:main.py]; the paper's own figure is unverified
+        weight_decay=0.1,  # [U:config.py]
+        betas=(0.9, 0.999),  # [U:config.py]
+        eps=1e-8,  # [U:config.py]
+        clip_norm=5.0,  # [U:config.py]
+        no_decay=("logit_scale$", "absolute_pos_embed$"),  # and all vectors and biases [U:optimizer.py, model/model.py]
+    ),
+    schedule=ScheduleConfig(
+        kind="cosine",
+        warmup=5 / 32,  # 5 of 32 epochs [U:config.py]
+        start=1e-3,  # WARMUP_LR 5e-7 over BASE_LR 5e-4 [U:config.py]
+        final=1e-2,  # MIN_LR 5e-6 over BASE_LR 5e-4 [U:config.py]
+    ),
+    visual=VisualConfig(
+        arch="timm:swin_tiny_patch4_window7_224",  # 96, [2, 2, 6, 2], heads 3/6/12/24, window 7 [U:configs/*.yaml]
+        image_size=224,
+        kwargs={"drop_path_rate": 0.2},  # Swin-T; Swin-B has 0.5 [U:configs/*.yaml]
+    ),
+    text=TextConfig(
+        width=512,  # the yaml files; the code's default is 1024 [U:configs/*.yaml]
+        layers=12,  # [U:configs/*.yaml]
+        heads=8,  # [U:configs/*.yaml]
+        context_length=77,  # [U:model/text_encoder/build.py]
+        quick_gelu=True,  # [U:model/text_encoder/transformer.py]
+        layer_norm_eps=1e-12,  # [U:model/text_encoder/transformer.py]
+    ),
+    embed_dim=512,  # [U:model/model.py]
+    projection_std=0.02,  # both, truncated normal [U:model/model.py]
+    # timm's create_transform also has rand-m9-mstd0.5-inc1 [U:config.py], which is left out here. mixup and cutmix are
+    # in the defaults, and the README says the models were trained without them.
+    augment=Augment(crop_scale=(0.08, 1.0), flip=True, random_erasing=0.25),
+    eval_images=EvalImages(resize_to=256, mean=IMAGENET_MEAN, std=IMAGENET_STD),  # [U:data/build.py]
+    templates="imagenet81",  # [U:data/language/prompt_engineering.py]
+    precision="bf16",  # apex O1 [U:main.py]
+    workers=8,
+    checkpoint_every=5000,
+    log_every=100,
+)
+
+
+class Unicl(TwoTowerRecipe):
+    """Every image and text of one class belong together; each caption is a class of its own."""
+
+    name = "unicl"
+    Config = UniclConfig
+    presets: Mapping[str, Any] = {"tiny": TINY, "paper": PAPER}
+
+    def loss(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+        """Bidirectional contrastive loss over the whole batch of all ranks; its floor is above 0."""
+        image_BE, text_BE, logit_scale = model(self.images(batch, config), batch["tokens_BL"])
+        return {
+            "loss": unicl_loss(image_BE, text_BE, batch["labels_B"], logit_scale),
+            "logit_scale": logit_scale,
+        }
+
+
+RECIPE = Unicl()
