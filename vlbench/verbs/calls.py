@@ -1,0 +1,67 @@
+"""One verb calling another: every setting of ``pretrain`` and ``eval`` with the command line's own defaults.
+
+``demo`` and ``study`` are built of the same two commands that a user types, in one process so that torch is loaded
+once. A test holds these defaults against the argument tree.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vlbench.core.errors import UserError
+from vlbench.core.names import unknown
+
+PRETRAIN_DEFAULTS = {
+    "recipe": None,
+    "data": None,
+    "preset": "tiny",
+    "backbone": None,
+    "set": (),
+    "seed": None,
+    "steps": None,
+    "checkpoint_every": None,
+    "out": None,
+    "resume": False,
+    "device": None,
+    "precision": None,
+    "compile": None,
+    "debug": False,
+}
+EVAL_DEFAULTS = {
+    "model": None,
+    "tasks": None,
+    "weights": None,
+    "name": None,
+    "data": None,
+    "data_root": None,
+    "results": "results",
+    "batch_size": 128,
+    "precision": "fp32",
+    "device": None,
+    "workers": 1,
+    "force": False,
+    "no_store": False,
+    "debug": False,
+}
+
+
+def pretrain(**changes: object) -> Path:
+    """``vlbench pretrain`` with ``changes`` to its defaults. Returns the checkpoint."""
+    from vlbench.verbs.pretrain import pretrain as train
+
+    return train(_namespace(PRETRAIN_DEFAULTS, changes))
+
+
+def evaluate(**changes: object) -> int:
+    """``vlbench eval`` with ``changes`` to its defaults. Returns its exit status."""
+    from vlbench.verbs.evaluate import run
+
+    return run(_namespace(EVAL_DEFAULTS, changes))
+
+
+def _namespace(defaults: dict[str, object], changes: dict[str, object]) -> argparse.Namespace:
+    for key in changes:
+        if key not in defaults:
+            raise UserError(unknown("setting", key, defaults))
+    return argparse.Namespace(**{**defaults, **changes})
