@@ -1,8 +1,13 @@
-"""Content identities of data: the same images and annotations have the same fingerprint wherever they lie."""
+"""Content identities of data: the same images and annotations have the same fingerprint wherever they lie.
+
+A source is read once for all of them: what was found stays with the opened source.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +24,11 @@ def image_digests(source: Source) -> list[str]:
         BadExample: where an image cannot be read. A test set with a broken example is an error: leaving the example
             out would change the number.
     """
-    return [_image_digest(source[index], source) for index in range(len(source))]
+    images = _content(source).images
+    if None in images:
+        bare = source.ids()[images.index(None)]
+        raise BadExample("missing image", f"{source.spec} {bare}", "this example has no image")
+    return [image for image in images if image is not None]
 
 
 def source_fingerprint(source: Source) -> str:
@@ -27,16 +36,39 @@ def source_fingerprint(source: Source) -> str:
 
     It does not depend on file names, folders or order. Raises BadExample as ``image_digests`` does.
     """
-    return digest_all(example_digest(source[index], source.classes) for index in range(len(source)))
+    return digest_all(_content(source).examples)
 
 
-def example_digest(example: Example, classes: Sequence[str] | None) -> str:
-    """The digest of everything that an example says, its id left out."""
+@dataclass(frozen=True)
+class _Content:
+    """Digests of a source in its order: of each image's bytes, and of each whole example."""
+
+    images: tuple[str | None, ...]
+    examples: tuple[str, ...]
+
+
+def _content(source: Source) -> _Content:
+    known: _Content | None = getattr(source, "_content_digests", None)
+    if known is None:
+        images, examples = [], []
+        for index in range(len(source)):
+            example = source[index]
+            images.append(digest(example.image) if example.image is not None else None)
+            examples.append(example_digest(example, source.classes, image=images[-1]))
+        known = _Content(tuple(images), tuple(examples))
+        # A source of the user's own may have no room for it; then it is read again each time.
+        with contextlib.suppress(AttributeError):
+            source._content_digests = known  # type: ignore[attr-defined]
+    return known
+
+
+def example_digest(example: Example, classes: Sequence[str] | None, *, image: str | None) -> str:
+    """The digest of everything that an example says, its id left out; ``image`` is the digest of its image."""
     label: Any = None
     if example.label is not None:
         label = classes[example.label] if classes is not None else example.label
     said = {
-        "image": digest(example.image) if example.image is not None else None,
+        "image": image,
         "label": label,
         "texts": {language: list(texts) for language, texts in example.texts.items()},
         "regions": [
@@ -45,12 +77,6 @@ def example_digest(example: Example, classes: Sequence[str] | None) -> str:
         "labels": _plain(example.extra.get("labels")),
     }
     return digest(canonical_json(said).encode("utf-8", "surrogatepass"))
-
-
-def _image_digest(example: Example, source: Source) -> str:
-    if example.image is None:
-        raise BadExample("missing image", f"{source.spec} {example.id}", "this example has no image")
-    return digest(example.image)
 
 
 def _plain(value: Any) -> Any:

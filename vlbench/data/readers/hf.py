@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -88,17 +89,18 @@ def _load(spec: DataSpec) -> dict[str, datasets.Dataset]:
     import datasets
 
     path = local_path(spec)
-    cache = str(cache_dir() / "datasets")
-    if not path.exists() and not _present(spec) and not _hub_resolves():
+    offline = not path.exists() and not _hub_resolves()
+    if offline and not _present(spec):
         raise UserError(_why(spec, OSError("no network")))  # the library would try for half a minute
-    with _quiet():
+    with _quiet(), _offline() if offline else nullcontext():
         try:
             if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
                 loaded: Any = datasets.load_from_disk(str(path))
             elif path.exists():
-                loaded = _load_files(path, cache)
+                # Apart from the hub's: a folder must never be taken for a hub data set of the same name.
+                loaded = _load_files(path, str(cache_dir() / "datasets" / "local"))
             else:
-                loaded = datasets.load_dataset(spec.path, spec.options.get("config"), cache_dir=cache)
+                loaded = datasets.load_dataset(spec.path, spec.options.get("config"), cache_dir=str(_hub_cache()))
         except UserError:
             raise
         except Exception as error:  # the library and the network raise many types; each is one line for the user
@@ -253,6 +255,23 @@ def _quiet() -> Iterator[None]:
             enable_progress_bars()
 
 
+@contextmanager
+def _offline() -> Iterator[None]:
+    """The library reads its cache at once instead of asking a hub that cannot be reached."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    settings = (datasets.config, huggingface_hub.constants)
+    before = [setting.HF_HUB_OFFLINE for setting in settings]
+    try:
+        for setting in settings:
+            setting.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for setting, value in zip(settings, before):
+            setting.HF_HUB_OFFLINE = value
+
+
 def _hub_resolves() -> bool:
     import huggingface_hub.constants as hub
 
@@ -270,8 +289,11 @@ def _hub_resolves() -> bool:
 def _present(spec: DataSpec) -> bool:
     if local_path(spec).exists():
         return True
-    name = spec.path.replace("/", "___")
-    return next((cache_dir() / "datasets").glob(f"{name}*"), None) is not None
+    return (_hub_cache() / spec.path.replace("/", "___")).is_dir()
+
+
+def _hub_cache() -> Path:
+    return cache_dir() / "datasets" / "hub"
 
 
 READER = Reader(
