@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from vlbench.data.shapes.language import GRAMMARS, RELATED, Plan, caption, captions, plans
+from vlbench.data.shapes.language import DETAILED, GRAMMARS, Plan, caption, captions, plans
 from vlbench.data.shapes.scene import Background, Scene, SceneObject, sample_scene
 from vlbench.data.shapes.world import CLASS_NAMES, COLOURS, COMBOS, HELD_OUT, LANGUAGES, SHAPES, Combo
 
@@ -140,7 +140,7 @@ def test_captions_hold_no_held_out_combination_in_any_language_or_case():
 
 def test_planned_captions_say_more_and_more():
     told = captions(sample_scene(0, "retrieval", 0), detailed=True)
-    assert plans(sample_scene(0, "retrieval", 0), detailed=True) == RELATED
+    assert plans(sample_scene(0, "retrieval", 0), detailed=True) == DETAILED
     assert len(told["en"][-1]) == max(map(len, told["en"]))
 
 

@@ -46,10 +46,10 @@ def test_heldout_reads_back_among_all_classes(tiny_world):
     assert list_splits(f"shapes:heldout?root={tiny_world}") == ("test",)
 
 
-def test_retrieval_reads_back_with_five_captions_a_language(tiny_world):
+def test_retrieval_reads_back_with_three_captions_a_language(tiny_world):
     source = open_source(f"shapes:retrieval?root={tiny_world}", "test")
     assert len(source) == TINY.retrieval
-    assert {language: len(texts) for language, texts in source[0].texts.items()} == dict.fromkeys(LANGUAGES, 5)
+    assert {language: len(texts) for language, texts in source[0].texts.items()} == dict.fromkeys(LANGUAGES, 3)
 
 
 def test_coco_reads_back_with_boxes_and_captions(tiny_world):

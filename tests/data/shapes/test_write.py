@@ -207,3 +207,12 @@ def test_two_processes_make_one_world(tmp_path):
     assert [helper.exitcode for helper in helpers] == [0, 0]
     assert read_manifest(tmp_path / "world")["seed"] == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [".world.lock", "world"]
+
+
+def test_version_is_raised_with_every_change_of_the_world(tmp_path):
+    """A cached world is known by its version alone, so its content may not change under it."""
+    manifest = read_manifest(write_world(tmp_path / "world", sizes=TINY, workers=1))
+    # Pictures are left out (how PNG compresses may differ between versions of zlib); test_draw.py holds their pixels.
+    words = {name: file["sha256"] for name, file in manifest["files"].items() if not name.endswith((".png", ".tar"))}
+    digest = hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:16]
+    assert (VERSION, digest) == ("v1", "9dd62fa82d0e13d2")

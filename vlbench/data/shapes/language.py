@@ -41,6 +41,12 @@ RELATED = (
     Plan(relations=2, sized=True, placed=True, background=True),
 )
 """Plans that name a neighbour, where it is, and more: with distinct neighbours, no two images share a caption."""
+DETAILED = (
+    Plan(relations=2, sized=True, background=True),
+    Plan(listed=True, sized=True, background=True),
+    Plan(relations=2, sized=True, placed=True, background=True),
+)
+"""What retrieval asks with: every object is named with its size, and what is behind them."""
 TOGETHER = (
     Plan(sized=True, background=True),
     Plan(placed=True),
@@ -297,7 +303,8 @@ def caption(scene: Scene, plan: Plan, language: str) -> str:
     grammar = GRAMMARS[language]
     text = grammar.noun_phrase(scene.main, sized=plan.sized)
     if plan.listed and scene.others:
-        return _enumerated(grammar, [text, *(grammar.noun_phrase(o, sized=plan.sized) for o in scene.others)])
+        text = _enumerated(grammar, [text, *(grammar.noun_phrase(o, sized=plan.sized) for o in scene.others)])
+        return f"{text} {grammar.behind(scene.background)}" if plan.background else text
     if plan.placed:
         text += f" {grammar.placed(scene.place())}"
     neighbours = scene.others[: plan.relations]
@@ -317,7 +324,7 @@ def plans(scene: Scene, *, detailed: bool = False) -> tuple[Plan, ...]:
     if not scene.others:
         return (BRIEF, *ALONE)
     if detailed:
-        return RELATED
+        return DETAILED
     rng = np.random.default_rng([scene.key, 2])
     chosen = sorted(rng.choice(len(TOGETHER), CAPTIONS_PER_IMAGE - 1, replace=False).tolist())
     return (BRIEF, *(TOGETHER[place] for place in chosen))

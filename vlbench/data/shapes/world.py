@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-VERSION = "v2"
+VERSION = "v1"
 """Changes whenever a byte of the written world changes: results on two versions are not comparable."""
 
 Size: TypeAlias = Literal["large", "medium", "small", "tiny"]
@@ -94,7 +94,7 @@ STREAMS: dict[str, Stream] = {
     "classes/train": Stream(3, held_out=True, balanced=True),
     "classes/val": Stream(4, held_out=True, balanced=True),
     "classes/test": Stream(5, held_out=True, balanced=True),
-    "retrieval": Stream(6, held_out=False, balanced=False, others=(0.0, 0.4, 0.6)),
+    "retrieval": Stream(6, held_out=False, balanced=False, others=(0.0, 0.1, 0.9)),
     "coco/train": Stream(7, held_out=False, balanced=False),
     "coco/val": Stream(8, held_out=False, balanced=False),
 }

@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock
 
 from vlbench.core.errors import UserError
+from vlbench.data.shapes.language import captions
 from vlbench.data.shapes.records import Record, make_records
 from vlbench.data.shapes.scene import Scene, sample_scene
 from vlbench.data.shapes.world import CLASS_NAMES, HELD_OUT, SEEN, TEMPLATES, VERSION, Sizes
@@ -132,25 +133,27 @@ def _write_parts(root: Path, seed: int, sizes: Sizes, workers: int) -> None:
 
 
 def distinct_scenes(seed: int, count: int) -> list[int]:
-    """Indices of ``count`` scenes for retrieval: what is said of one is true of no other.
+    """Indices of ``count`` scenes for retrieval: what is said of one is said of no other.
 
-    A caption there names the main object, a neighbour and their relation at least, so a scene is taken only while none
-    of its such facts was true of an earlier one.
+    A scene is taken only while none of its captions belongs to an earlier one, and none of what relational captions
+    name (the main object, a neighbour and their relation) was true of an earlier one.
     """
-    taken: set[tuple[str, str, str]] = set()
+    taken: set[object] = set()
     chosen: list[int] = []
     index = 0
     while len(chosen) < count:
-        facts = _facts(sample_scene(seed, "retrieval", index))
-        if facts and not facts & taken:
-            taken |= facts
+        scene = sample_scene(seed, "retrieval", index)
+        facts = _facts(scene)
+        said = facts | set(captions(scene, detailed=True)["en"]) if facts else set()
+        if said and not said & taken:
+            taken |= said
             chosen.append(index)
         index += 1
         assert index < 1000 + 100 * count, f"there are not {count} scenes that can be told apart"
     return chosen
 
 
-def _facts(scene: Scene) -> set[tuple[str, str, str]]:
+def _facts(scene: Scene) -> set[object]:
     return {
         (scene.main.name, scene.relation(0, place), other.name) for place, other in enumerate(scene.others, start=1)
     }
