@@ -58,7 +58,7 @@ def test_log_drops_what_comes_after_the_checkpoint_and_half_lines(tmp_path: Path
 def test_settings_that_are_damaged_are_named(tmp_path: Path) -> None:
     assert checkpoint.read_settings(tmp_path) is None
     checkpoint.write_settings(tmp_path, recipe="clip", preset="tiny", config=PretrainConfig())
-    assert checkpoint.read_settings(tmp_path)["config"]["steps"] == 300  # type: ignore[index]
+    assert checkpoint.read_settings(tmp_path)["config"]["steps"] == 500  # type: ignore[index]
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: not valid JSON"):
         checkpoint.read_settings(tmp_path)

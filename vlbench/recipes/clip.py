@@ -15,7 +15,14 @@ import torch
 from vlbench.data.transforms import Augment
 from vlbench.models.text import TextConfig
 from vlbench.models.vision import VisualConfig
-from vlbench.recipes.base import TINY_AUGMENT, TINY_TEXT, TwoTowerConfig, TwoTowerRecipe
+from vlbench.recipes.base import (
+    TINY_AUGMENT,
+    TINY_OPTIM,
+    TINY_STEPS,
+    TINY_TEXT,
+    TwoTowerConfig,
+    TwoTowerRecipe,
+)
 from vlbench.train.config import OptimConfig, ScheduleConfig
 from vlbench.train.losses import clip_loss
 
@@ -24,22 +31,22 @@ class ClipConfig(TwoTowerConfig):
     """CLIP's settings."""
 
     embed_dim: int = 512
-    logit_scale_init: float = math.log(1 / 0.07)  # section 2.5; [N-CLIP]
-    logit_scale_max: float | None = 100.0  # section 2.5: "clipped to prevent scaling the logits by more than 100"
+    logit_scale_init: float = math.log(1 / 0.07)  # 14.29 after the exponential [N-CLIP]
+    logit_scale_max: float | None = 100.0  # held after every step [O:src/open_clip_train/train.py]
 
 
 # What two CPU cores learn from the embedded world in about a minute; values found on that world, none published.
 TINY = ClipConfig(
     data=("shapes:pairs",),
-    steps=300,
-    batch_size=128,
-    optim=OptimConfig(lr=2e-3, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, clip_norm=1.0),
+    steps=TINY_STEPS,
+    batch_size=64,
+    optim=TINY_OPTIM,
     schedule=ScheduleConfig(warmup=0.1, final=0.0),
     visual=VisualConfig(arch="timm:test_resnet", image_size=64),
     text=TINY_TEXT,
     embed_dim=128,
     augment=TINY_AUGMENT,
-    checkpoint_every=100,
+    checkpoint_every=250,
 )
 
 # RN50 of the paper's tables 19 and 20. 59.6% zero-shot on ImageNet [N-CLIP].

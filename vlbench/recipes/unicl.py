@@ -19,6 +19,8 @@ from vlbench.recipes.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     TINY_AUGMENT,
+    TINY_OPTIM,
+    TINY_STEPS,
     TINY_TEXT,
     TwoTowerConfig,
     TwoTowerRecipe,
@@ -37,10 +39,11 @@ class UniclConfig(TwoTowerConfig):
 
 # What two CPU cores learn from the embedded world in about a minute; values found on that world, none published.
 TINY = UniclConfig(
-    data=("shapes:labels@1", "shapes:pairs@1"),  # balanced between image-label and image-text data
-    steps=300,
-    batch_size=128,
-    optim=OptimConfig(lr=2e-3, weight_decay=0.1, betas=(0.9, 0.98), eps=1e-6, clip_norm=1.0),
+    data=("shapes:labels@1", "shapes:pairs@3"),  # where things are, and how large, is said in captions only
+    templates="simple",  # the world's own say "large" or "on a dark background" of images that are not
+    steps=TINY_STEPS,
+    batch_size=64,
+    optim=TINY_OPTIM,
     schedule=ScheduleConfig(warmup=0.1, final=0.0),
     visual=VisualConfig(arch="timm:test_resnet", image_size=64),
     text=TINY_TEXT,
@@ -48,7 +51,7 @@ TINY = UniclConfig(
     logit_scale_init=math.log(1 / 0.07),  # CLIP's: a few hundred steps are too short to climb from e
     logit_scale_max=100.0,
     augment=TINY_AUGMENT,
-    checkpoint_every=100,
+    checkpoint_every=250,
 )
 
 # Swin-T on IN-21K and YFCC-14M: 40.5% zero-shot on ImageNet [U:README].

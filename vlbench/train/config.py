@@ -84,8 +84,8 @@ class PretrainConfig(Config):
     data: tuple[str, ...] = Field(
         default=(), description="data specs; several are mixed by their weights (A@2 B@1), by default equally"
     )
-    steps: int = Field(default=300, ge=1, description="optimizer steps")
-    batch_size: int = Field(default=128, ge=1, description="examples an optimizer step, over all ranks")
+    steps: int = Field(default=500, ge=1, description="optimizer steps")
+    batch_size: int = Field(default=64, ge=1, description="examples an optimizer step, over all ranks")
     accumulate: int = Field(
         default=1,
         ge=1,
