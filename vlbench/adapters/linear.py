@@ -1,4 +1,4 @@
-"""Linear probe: logistic regression on frozen pooled features (CLIP, appendix A.3 of arXiv 2103.00020).
+"""Linear probe: logistic regression on frozen pooled features (the protocol of CLIP, arXiv 2103.00020).
 
 The penalty is chosen on data that are never reported: the validation split, or, where there is none, a fifth of the
 training images held out by class and by content. The classifier is then fitted again on training and validation images

@@ -1,4 +1,4 @@
-"""Zero-shot classification by a prompt ensemble (CLIP, section 3.1.4 of arXiv 2103.00020; UniCL, section 4.3).
+"""Zero-shot classification by a prompt ensemble (the protocol of CLIP, arXiv 2103.00020).
 
 Every class name goes into every template; the texts' embeddings are normalised, averaged over templates and normalised
 again; an image belongs to the class whose mean is nearest by cosine. Averaging logits instead, or leaving out a

@@ -38,7 +38,7 @@ def draw_text(
     """One text for one training example.
 
     A caption drawn uniformly among those in ``languages``; where there is none, the class name in a template drawn
-    uniformly (UniCL, section 3.1); where there is no class name either, None.
+    uniformly (microsoft/UniCL, data/language/prompt_engineering.py); where there is no class name either, None.
     """
     captions = [text for language in languages for text in example.texts.get(language, ())]
     if captions:

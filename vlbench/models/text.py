@@ -51,7 +51,7 @@ class TextConfig(Config):
 class TextTower(nn.Module):
     """A pre-norm causal transformer, read at the end-of-text token, with a linear projection without bias.
 
-    CLIP, section 2.4. The network and its initialisation (token embedding N(0.02), position N(0.01), attention
+    CLIP's text encoder (openai/CLIP, clip/model.py). The network and its initialisation (token embedding N(0.02), position N(0.01), attention
     width^-0.5, residual outputs scaled by depth) are open_clip's.
     """
 

@@ -25,10 +25,10 @@ class TwoTower(nn.Module):
         text: the text tower.
         embed_dim: E.
         logit_scale_init: the stored parameter, a logarithm: ln(1/0.07) in CLIP, 1.0 in UniCL's code.
-        logit_scale_max: the largest scale after the exponential, held by ``clamp_logit_scale``: 100 in CLIP (section
-            2.5), None in UniCL, which has no clamp.
+        logit_scale_max: the largest scale after the exponential, held by ``clamp_logit_scale``: 100 in CLIP, None
+            in UniCL, which has no clamp.
         projection_std: standard deviation of both projections at the start; None is CLIP's width^-0.5, UniCL has
-            0.02 (truncated at two deviations).
+            0.02 (``trunc_normal_`` with its default bounds, microsoft/UniCL model/model.py).
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class TwoTower(nn.Module):
         self.text_config = text
         if projection_std is not None:
             for weight in self.projections():
-                nn.init.trunc_normal_(weight, std=projection_std, a=-2 * projection_std, b=2 * projection_std)
+                nn.init.trunc_normal_(weight, std=projection_std)
 
     def forward(self, images_BCHW: torch.Tensor, tokens_BL: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """``(image_BE, text_BE, logit_scale)``: unit-norm float32 embeddings and the scale after the exponential."""

@@ -15,7 +15,7 @@ from vlbench.train.distributed import gather, gather_constant, mean_over_ranks, 
 
 
 def clip_loss(image_BD: torch.Tensor, text_BD: torch.Tensor, logit_scale: torch.Tensor | float) -> torch.Tensor:
-    """CLIP's symmetric cross-entropy (Radford et al. 2021, section 2.3 and figure 3).
+    """CLIP's symmetric cross-entropy (Radford et al., 2103.00020).
 
     With s the logit scale, u and v the unit embeddings of images and texts:
     ``L = 1/2 (mean_i -log softmax_j(s u_i.v_j)[i] + mean_j -log softmax_i(s u_i.v_j)[j])``.
@@ -36,12 +36,13 @@ def clip_loss(image_BD: torch.Tensor, text_BD: torch.Tensor, logit_scale: torch.
 def unicl_loss(
     image_BD: torch.Tensor, text_BD: torch.Tensor, labels_B: torch.Tensor, logit_scale: torch.Tensor | float
 ) -> torch.Tensor:
-    """UniCL's bidirectional contrastive loss (Yang et al. 2022, section 3.2 and algorithm 1).
+    """UniCL's bidirectional contrastive loss (Yang et al., 2204.03610, algorithm 1).
 
     Image i and text j are a positive pair where their labels are equal, ``T_ij = 1[y_i = y_j]``; each caption is a
     class of its own. ``L = 1/2 (SoftCE(S, T) + SoftCE(S', T'))`` with
-    ``SoftCE(S, T) = mean_i -sum_j T_ij log softmax_j(S_ij) / sum_j T_ij``. The half is the algorithm's (the paper's
-    equation has none), so that a batch in which every label occurs once gives exactly ``clip_loss``.
+    ``SoftCE(S, T) = mean_i -sum_j T_ij log softmax_j(S_ij) / sum_j T_ij``. The paper's equation is the
+    plain sum; the half is taken so that a batch in which every label occurs once gives exactly ``clip_loss`` (that the
+    paper's pseudo-code halves too is unverified).
 
     Labels are gathered over ranks before captions get classes: else caption i of one rank and caption i of another
     would be positives. ``labels_B`` stays as it is.

@@ -16,8 +16,8 @@ _FACTOR = "lr_factor"
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Groups of equal weight decay and learning rate; frozen parameters are left out.
 
-    Gains, biases and scales have fewer than two dimensions and do not decay (CLIP, section 2.5; open_clip and UniCL
-    have the same rule) unless ``decay_vectors``; nor does what ``no_decay`` names, whatever its shape.
+    Gains, biases and scales have fewer than two dimensions and do not decay (the rule of open_clip's legacy_main.py
+    and of UniCL's optimizer.py) unless ``decay_vectors``; nor does what ``no_decay`` names, whatever its shape.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
