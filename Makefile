@@ -37,6 +37,7 @@ leaderboard: setup
 
 bench: setup       ## speed and footprint
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/train_throughput.py
 
 clean:
 	rm -rf $(VENV) demo runs

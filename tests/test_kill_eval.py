@@ -44,6 +44,7 @@ def test_eval_killed_between_tasks_loses_no_finished_task(tmp_path: Path) -> Non
     deadline = time.monotonic() + 120
     while not first.exists() and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
+    assert running.poll() is None, "it ended before it could be killed"
     running.send_signal(signal.SIGKILL)
     running.wait()
     assert first.exists()
