@@ -15,7 +15,7 @@ from vlbench.adapters.common.classification import (
 )
 from vlbench.core.errors import UserError
 from vlbench.core.types import Rows
-from vlbench.stats.intervals import estimate
+from vlbench.stats.intervals import estimate, mean_of
 
 
 def _names(n: int) -> list[str]:
@@ -72,6 +72,19 @@ def test_outcomes_equal_sklearn_on_uneven_classes() -> None:
     assert found["acc1"].value == pytest.approx((pred == labels).mean())
     assert found["acc1"].method == "wilson"
     assert found["mean_per_class_recall"].value == pytest.approx(recall_score(labels, pred, average="macro"))
+
+
+def test_mean_per_class_recall_has_the_error_of_a_macro_recall() -> None:
+    # Ten classes of 100 with recalls from 0.2 to 1: what separates the classes is no sampling error.
+    recalls = np.array([20, 30, 40, 50, 60, 70, 80, 90, 95, 100])
+    labels = np.repeat(np.arange(10), 100)
+    rank = np.where(np.tile(np.arange(100), 10) < recalls[labels], 1, 2)
+    ids = [f"{i:04d}" for i in range(1000)]
+    rows = Rows({"id": ids, "image": ids, "label": labels, "rank": rank}, {"classes": _names(10)})
+    outcomes = classification_outcomes(rows, top5=False)["mean_per_class_recall"]
+    found, p = estimate(outcomes), recalls / 100
+    assert found.value == pytest.approx(p.mean()) == pytest.approx(mean_of(outcomes))
+    assert found.se == pytest.approx(np.sqrt((p * (1 - p) / 100).sum()) / 10, rel=0.06)
 
 
 def test_copies_of_an_image_are_one_cluster() -> None:

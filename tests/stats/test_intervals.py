@@ -7,12 +7,12 @@ from scipy import stats
 from vlbench.core.errors import UserError
 from vlbench.core.types import Outcomes
 from vlbench.stats import intervals
-from vlbench.stats.intervals import cluster_bootstrap, estimate, wilson
+from vlbench.stats.intervals import cluster_bootstrap, estimate, mean_of, wilson
 
 
-def outcomes(values, clusters=None, *, binary=True, weights=None) -> Outcomes:
-    ids = [f"img{i:05d}" for i in range(len(values))]
-    return Outcomes(ids=ids, values=np.asarray(values), clusters=clusters or ids, binary=binary, weights=weights)
+def outcomes(values, clusters=None, *, binary=True, weights=None, strata=None) -> Outcomes:
+    ids, values = [f"img{i:05d}" for i in range(len(values))], np.asarray(values)
+    return Outcomes(ids, values, clusters or ids, binary=binary, weights=weights, strata=strata)
 
 
 def correlated(rng: np.random.Generator, n_clusters: int, size: int, p: float, icc: float) -> np.ndarray:
@@ -142,6 +142,99 @@ def test_cluster_bootstrap_survives_clusters_of_weight_zero() -> None:
     assert (found.value, found.lo, found.hi) == pytest.approx((0.4, 0.4, 0.4))
 
 
+# -------------------------------------------------------------------------------------------- means over strata
+
+
+def brute_macro(values: np.ndarray, strata: np.ndarray) -> float:
+    return float(np.mean([values[strata == s].mean() for s in np.unique(strata)]))
+
+
+def test_strata_bootstrap_is_the_brute_force_one() -> None:
+    # 60 clusters of one to four values, some across strata; one stratum so small that replicates can miss it.
+    rng = np.random.default_rng(10)
+    clusters = np.repeat(np.arange(60), rng.integers(1, 5, 60))
+    strata = np.where(rng.random(len(clusters)) < 0.8, clusters % 4, rng.integers(0, 4, len(clusters)))
+    strata[:2] = 9
+    values = (rng.random(len(clusters)) < np.array([0.1, 0.4, 0.7, 0.95, 0, 0, 0, 0, 0, 0.5])[strata]).astype(float)
+    found = cluster_bootstrap(values, clusters, strata=strata, B=4000)
+    means, missed = [], 0
+    for _ in range(4000):
+        rows = np.concatenate([np.flatnonzero(clusters == c) for c in rng.integers(0, 60, 60)])
+        missed += 9 not in strata[rows]
+        means.append(brute_macro(values[rows], strata[rows]))
+    print(f"se {found.se:.4f}, brute force {np.std(means):.4f}, missed the small stratum {missed / 4000:.2f}")
+    assert missed > 400
+    assert found.value == pytest.approx(brute_macro(values, strata), abs=1e-12)
+    assert found.se == pytest.approx(np.std(means), rel=0.05)
+    assert (found.lo, found.hi) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.01)
+
+
+def test_strata_of_different_means_add_no_error() -> None:
+    # As a ratio with weights of one over the stratum's size, the spread between strata would count as error.
+    strata = np.repeat(np.arange(10), 100)
+    p = np.tile([0.1, 0.95], 5)
+    values = (np.tile(np.arange(100), 10) < (100 * p)[strata]).astype(float)
+    analytic = np.sqrt((p * (1 - p) / 100).sum()) / 10
+    found = cluster_bootstrap(values, np.arange(1000), strata=strata, B=4000)
+    weighted = cluster_bootstrap(values, np.arange(1000), weights=np.full(1000, 0.01), B=4000)
+    print(f"se {found.se:.4f}, analytic {analytic:.4f}, as a weighted ratio {weighted.se:.4f}")
+    assert found.value == pytest.approx(weighted.value)
+    assert found.se == pytest.approx(analytic, rel=0.05)
+    assert weighted.se > 1.8 * analytic
+
+
+def test_strata_bootstrap_covers_95_percent() -> None:
+    rng, p, runs = np.random.default_rng(11), np.array([0.1, 0.3, 0.6, 0.8, 0.95]), 400
+    covered = 0
+    for _ in range(runs):
+        strata = rng.choice(5, 300, p=[0.4, 0.2, 0.2, 0.1, 0.1])
+        found = cluster_bootstrap((rng.random(300) < p[strata]).astype(float), np.arange(300), strata=strata, B=300)
+        covered += found.lo <= p.mean() <= found.hi
+    print(f"coverage of a macro recall: {covered / runs:.3f}")
+    assert 0.915 <= covered / runs <= 0.98
+
+
+def test_one_stratum_is_no_stratum() -> None:
+    rng = np.random.default_rng(12)
+    values, clusters = rng.random(200), rng.integers(0, 50, 200)
+    assert cluster_bootstrap(values, clusters, strata=np.full(200, 7)) == cluster_bootstrap(values, clusters)
+
+
+def test_strata_bootstrap_does_not_depend_on_order_names_or_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(13)
+    values, clusters, strata = rng.random(300), rng.integers(0, 50, 300), rng.integers(0, 7, 300)
+    before = cluster_bootstrap(values, clusters, strata=strata)
+    order = rng.permutation(300)
+    names = np.array([f"class {s}" for s in strata])
+    assert cluster_bootstrap(values[order], clusters[order], strata=names[order]) == before
+    monkeypatch.setattr(intervals, "_BLOCK", 900)
+    after = cluster_bootstrap(values, clusters, strata=strata)
+    assert (after.lo, after.hi, after.se) == pytest.approx((before.lo, before.hi, before.se), abs=1e-12)
+
+
+def test_strata_all_right_or_all_wrong_are_neither_certain_nor_spread() -> None:
+    # Five classes of 100 always right, five never: the ends are those of 500 of 500 right and 0 of 500, halved.
+    strata = np.repeat(np.arange(10), 100)
+    found = estimate(outcomes((strata < 5).astype(float), strata=strata))
+    assert found.value == 0.5
+    assert found.lo == pytest.approx(0.5 - 0.5 * (1 - wilson(500, 500)[0]))
+    assert found.hi == pytest.approx(0.5 + 0.5 * wilson(0, 500)[1])
+    assert found.hi - found.lo < 0.01
+    even = estimate(outcomes(np.ones(1000), strata=strata))
+    assert (even.value, even.hi) == (1.0, 1.0)
+    assert even.lo == pytest.approx(wilson(1000, 1000)[0]), "equal strata at one end: Wilson's interval itself"
+    uneven = estimate(outcomes(np.ones(1000), strata=np.r_[np.full(990, 0), np.full(10, 1)]))
+    assert uneven.lo == pytest.approx(wilson(20, 20)[0]), "half of the metric hangs on ten images"
+
+
+def test_mean_of_is_the_value_of_the_estimate() -> None:
+    rng = np.random.default_rng(14)
+    values, groups = rng.random(100), rng.integers(0, 6, 100)
+    for case in ({}, {"weights": rng.random(100)}, {"strata": groups}):
+        case = outcomes(values, binary=False, **case)
+        assert mean_of(case) == pytest.approx(estimate(case).value, abs=1e-12)
+
+
 # ------------------------------------------------------------------------------------------------------ estimate
 
 
@@ -159,8 +252,9 @@ def test_estimate_takes_wilson_where_it_applies() -> None:
         outcomes([1, 1, 0, 1, 0, 0], ["a", "a", "b", "b", "c", "c"]),
         outcomes([0.5, 0.1, 0.9, 0.3], binary=False),
         outcomes([1, 0, 1, 1], weights=np.array([1.0, 2.0, 1.0, 1.0])),
+        outcomes([1, 0, 1, 0, 1, 1], strata=np.array([0, 0, 0, 1, 1, 1])),
     ],
-    ids=["clustered", "graded", "weighted"],
+    ids=["clustered", "graded", "weighted", "strata"],
 )
 def test_estimate_resamples_clusters_elsewhere(case: Outcomes) -> None:
     found = estimate(case)

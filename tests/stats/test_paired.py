@@ -13,11 +13,9 @@ from vlbench.stats.intervals import wilson
 from vlbench.stats.paired import compare_all, compare_outcomes, newcombe
 
 
-def outcomes(values, clusters=None, *, binary=True, weights=None) -> Outcomes:
-    ids = [f"img{i:05d}" for i in range(len(values))]
-    return Outcomes(
-        ids=ids, values=np.asarray(values, dtype=float), clusters=clusters or ids, binary=binary, weights=weights
-    )
+def outcomes(values, clusters=None, *, binary=True, weights=None, strata=None) -> Outcomes:
+    ids, values = [f"img{i:05d}" for i in range(len(values))], np.asarray(values, dtype=float)
+    return Outcomes(ids, values, clusters or ids, binary=binary, weights=weights, strata=strata)
 
 
 def table(both: int, only_a: int, only_b: int, neither: int) -> tuple[Outcomes, Outcomes]:
@@ -138,6 +136,47 @@ def test_bootstrap_of_one_cluster_separates_nothing() -> None:
     assert (found.diff, found.p, found.lo, found.hi) == (1.0, 1.0, -1.0, 1.0)
 
 
+def by_class(rng: np.random.Generator, n: int, shift: float) -> tuple[Outcomes, Outcomes]:
+    """Two models that share how hard each image is, over five classes of very different size and recall."""
+    strata = rng.choice(5, n, p=[0.4, 0.3, 0.15, 0.1, 0.05])
+    p, hard = np.linspace(0.2, 0.9, 5)[strata], rng.random(n)
+    own = [np.where(rng.random(n) < 0.3, rng.random(n), hard) for _ in "ab"]
+    return outcomes(own[0] < p + shift, strata=strata), outcomes(own[1] < p, strata=strata)
+
+
+def test_strata_bootstrap_is_the_brute_force_one() -> None:
+    rng = np.random.default_rng(10)
+    a, b = by_class(rng, 400, 0.05)
+    found = compare_outcomes(a, b)
+
+    def diff(rows: np.ndarray) -> float:
+        values, strata = a.values[rows] - b.values[rows], a.strata[rows]
+        return np.mean([values[strata == s].mean() for s in np.unique(strata)])
+
+    brute = np.array([diff(rng.integers(0, 400, 400)) for _ in range(4000)])
+    assert found.method == "paired cluster bootstrap B=10000"
+    assert found.diff == pytest.approx(diff(np.arange(400)), abs=1e-12)
+    assert found.mde == pytest.approx(2.8016 * np.std(brute), rel=0.05)
+    assert (found.lo, found.hi) == pytest.approx(np.quantile(brute, [0.025, 0.975]), abs=0.006)
+    assert found.p == pytest.approx((np.abs(brute - found.diff) >= abs(found.diff)).mean(), abs=0.03)
+
+
+def test_strata_bootstrap_keeps_its_level_under_the_null() -> None:
+    rng = np.random.default_rng(11)
+    tests = [compare_outcomes(*by_class(rng, 200, 0.0)) for _ in range(120)]
+    p = np.array([test.p for test in tests])
+    print(f"rejected under the null: {np.mean(p < 0.05):.3f}, KS p {stats.kstest(p, 'uniform').pvalue:.3f}")
+    assert 0.005 <= np.mean(p < 0.05) <= 0.11
+    assert stats.kstest(p, "uniform").pvalue > 0.01
+
+
+def test_strata_bootstrap_of_equal_models_separates_nothing() -> None:
+    a, _ = by_class(np.random.default_rng(12), 100, 0.0)
+    found = compare_outcomes(a, a)
+    assert (found.diff, found.lo, found.hi, found.p) == (0.0, 0.0, 0.0, 1.0)
+    assert found.mde == pytest.approx(0.06)
+
+
 # ----------------------------------------------------------------------------------------------------- both kinds
 
 
@@ -150,16 +189,20 @@ def test_compare_is_antisymmetric(kind: str) -> None:
     assert (ba.p, ba.mde) == pytest.approx((ab.p, ab.mde))
 
 
-@pytest.mark.parametrize("kind", ["binary", "graded"])
+@pytest.mark.parametrize("kind", ["binary", "graded", "strata"])
 def test_compare_joins_on_ids(kind: str) -> None:
     rng = np.random.default_rng(7)
-    a, b = draw_table(rng, 300, 0.3, 0.05) if kind == "binary" else graded(rng, 50, 0.03)
+    if kind == "strata":
+        a, b = by_class(rng, 100, 0.03)
+    else:
+        a, b = draw_table(rng, 300, 0.3, 0.05) if kind == "binary" else graded(rng, 50, 0.03)
     order = rng.permutation(len(b.ids))
     shuffled = Outcomes(
         ids=[b.ids[i] for i in order],
         values=b.values[order],
         clusters=[b.clusters[i] for i in order],
         binary=b.binary,
+        strata=None if b.strata is None else b.strata[order],
     )
     assert compare_outcomes(a, shuffled) == compare_outcomes(a, b)
 
@@ -199,6 +242,10 @@ def test_compare_refuses_other_units_weights_and_double_ids() -> None:
         compare_outcomes(a, replace(b, weights=np.ones(7)))
     with pytest.raises(UserError, match="weights"):
         compare_outcomes(replace(a, weights=np.ones(7)), replace(b, weights=np.arange(1.0, 8.0)))
+    with pytest.raises(UserError, match="strata"):
+        compare_outcomes(a, replace(b, strata=np.ones(7)))
+    with pytest.raises(UserError, match="strata"):
+        compare_outcomes(replace(a, strata=np.ones(7)), replace(b, strata=np.arange(7)))
     with pytest.raises(UserError, match="twice"):
         compare_outcomes(replace(a, ids=["x"] * 7), b)
     with pytest.raises(UserError, match="not a finite number"):

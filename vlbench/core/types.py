@@ -195,7 +195,7 @@ class Rows:
 class Outcomes:
     """One metric as values per unit, so that two models can be compared on the same units.
 
-    The metric is ``sum(weights * values) / sum(weights)``.
+    The metric is ``sum(weights * values) / sum(weights)``; where there are ``strata``, the plain mean of their means.
     """
 
     ids: Sequence[str]
@@ -206,6 +206,11 @@ class Outcomes:
     binary: bool
     """Right or wrong only: exact McNemar and Wilson apply where each cluster has one value."""
     weights: np.ndarray | None = None
+    strata: np.ndarray | None = None
+    """The group each value is averaged in before the groups are averaged (a class, for mean per-class recall); never
+    together with weights. Fixed weights of one over the class's size give the same number but not the same error: how
+    many examples of a class a sample holds would move the metric, so that the spread between classes would count as
+    sampling error."""
 
 
 class Estimate(Config):

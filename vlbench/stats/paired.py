@@ -24,7 +24,7 @@ from vlbench.stats.intervals import (
     Z95,
     bootstrap_means,
     check_outcomes,
-    has_single_values,
+    is_plain_count,
     sum_clusters,
     wilson,
 )
@@ -63,17 +63,18 @@ class PairedTest:
 def compare_outcomes(a: Outcomes, b: Outcomes) -> PairedTest:
     """Test ``a`` against ``b`` on the same examples, joined on their ids.
 
-    Right-or-wrong values, one a cluster, unweighted: exact McNemar (a binomial test on the discordant pairs), with
-    Newcombe's interval of a paired difference (1998, method 10). Everything else: a paired bootstrap over clusters,
-    percentile interval, and ``p = (1 + #{|d* - d| >= |d|}) / (B + 1)``: how often a resampled difference lies as far
-    from the observed d as d lies from zero.
+    Right-or-wrong values, one a cluster, without weights or strata: exact McNemar (a binomial test on the discordant
+    pairs), with Newcombe's interval of a paired difference (1998, method 10). Everything else: a paired bootstrap over
+    clusters (with strata, of the mean over strata: see ``stats.intervals``), percentile interval, and
+    ``p = (1 + #{|d* - d| >= |d|}) / (B + 1)``: how often a resampled difference lies as far from the observed d as d
+    lies from zero.
 
     ``mde`` is ``(z_0.975 + z_0.8) * se``. For McNemar se is ``sqrt(discordant) / n``, its value where the models are
     equal, and at least 6 / n is needed (five discordant pairs never reach 5%); for the bootstrap it is the standard
     deviation of the replicates. It depends on how much the two models disagree, so it belongs to this pair alone.
 
     Raises:
-        UserError: where the two are on different examples, units or weights, or a value is not finite.
+        UserError: where the two are on different examples, units, weights or strata, or a value is not finite.
     """
     return compare_all([a, b])[0, 1]
 
@@ -83,18 +84,16 @@ def compare_all(models: Sequence[Outcomes]) -> dict[tuple[int, int], PairedTest]
     assert len(models) >= 2, "a comparison needs two models"
     first, values_NM = models[0], _join(models)
     pairs = list(combinations(range(len(models)), 2))
-    if all(m.binary for m in models) and first.weights is None and has_single_values(first.clusters):
+    if all(m.binary for m in models) and is_plain_count(first):
         return {(i, j): _mcnemar(values_NM[:, i] > 0, values_NM[:, j] > 0) for i, j in pairs}
-    units = [sum_clusters(values_NM[:, m], first.clusters, first.weights) for m in range(len(models))]
-    weights_C, n = units[0].weights_C, len(values_NM)
-    sums_CM = np.column_stack([unit.sums_C for unit in units])
+    units = [sum_clusters(values_N, first.clusters, first.weights, first.strata) for values_N in values_NM.T]
+    n, n_clusters, means_M = len(values_NM), units[0].n_clusters, [unit.mean for unit in units]
     B = max(REPLICATES, REPLICATES_PER_PAIR * len(pairs))
-    means_BM = bootstrap_means(sums_CM, weights_C, B=B)
-    tests = {}
-    for i, j in pairs:
-        diff = float((sums_CM[:, i] - sums_CM[:, j]).sum() / weights_C.sum())
-        tests[i, j] = _bootstrap_test(diff, means_BM[:, i] - means_BM[:, j], n=n, n_clusters=len(weights_C))
-    return tests
+    means_BM = bootstrap_means(units, B=B)
+    return {
+        (i, j): _bootstrap_test(means_M[i] - means_M[j], means_BM[:, i] - means_BM[:, j], n=n, n_clusters=n_clusters)
+        for i, j in pairs
+    }
 
 
 def newcombe(both: int, only_a: int, only_b: int, neither: int) -> tuple[float, float]:
@@ -181,7 +180,7 @@ def _join(models: Sequence[Outcomes]) -> Doubles:
 
 
 def _check_units(first: Outcomes, other: Outcomes, back_N: NDArray[np.int64]) -> None:
-    """The same cluster and weight must stand behind the same id in both."""
+    """The same cluster, weight and stratum must stand behind the same id in both."""
     if [other.clusters[position] for position in back_N.tolist()] != list(first.clusters):
         raise UserError("the two models' outcomes name different clusters for the same examples: evaluate both again")
     mine, theirs = first.weights, other.weights
@@ -189,6 +188,13 @@ def _check_units(first: Outcomes, other: Outcomes, back_N: NDArray[np.int64]) ->
         raise UserError("one model's outcomes are weighted, the other's are not: evaluate both again")
     if mine is not None and theirs is not None and not np.allclose(np.asarray(theirs)[back_N], mine, rtol=1e-9, atol=0):
         raise UserError("the two models' outcomes have different weights for the same examples: evaluate both again")
+    own, others = first.strata, other.strata
+    if (own is None) != (others is None) or (
+        own is not None and others is not None and (np.asarray(others)[back_N] != np.asarray(own)).any()
+    ):
+        raise UserError(
+            "the two models' outcomes have different strata (classes) for the same examples: evaluate both again"
+        )
 
 
 def _norm(x: float, y: float, phi: float) -> float:

@@ -8,6 +8,7 @@ from vlbench.core.catalog import ADAPTERS
 from vlbench.core.config import parse
 from vlbench.core.errors import UserError
 from vlbench.core.types import Outcomes, Result
+from vlbench.stats.intervals import mean_of
 from vlbench.store.results import ResultStore
 
 _TOLERANCE = 1e-6
@@ -57,14 +58,8 @@ def _read(store: ResultStore, result: Result) -> Mapping[str, Outcomes]:
         raise UserError(f"{path}: its rows lack the column {error}, which the adapter reads; evaluate again") from None
     for metric, values in outcomes.items():
         stored = result.estimates.get(metric)
-        if stored is not None and abs(_mean(values) - stored.value) > _TOLERANCE:
+        if stored is not None and abs(mean_of(values) - stored.value) > _TOLERANCE:
             raise UserError(
-                f"{path}: says {metric} {stored.value:.6f}, but its rows give {_mean(values):.6f}; evaluate it again"
+                f"{path}: says {metric} {stored.value:.6f}, but its rows give {mean_of(values):.6f}; evaluate it again"
             )
     return outcomes
-
-
-def _mean(outcomes: Outcomes) -> float:
-    import numpy as np
-
-    return float(np.average(np.asarray(outcomes.values, dtype=np.float64), weights=outcomes.weights))

@@ -123,18 +123,17 @@ def prediction_rows(
 def classification_outcomes(rows: Rows, *, top5: bool) -> dict[str, Outcomes]:
     """``acc1``, ``acc5`` (where asked for and there are more than five classes) and ``mean_per_class_recall``.
 
-    The unit is the image: examples with the same bytes are one cluster. ``mean_per_class_recall`` weights each
-    example by one over its class's size, over the classes that occur.
+    The unit is the image: examples with the same bytes are one cluster. ``mean_per_class_recall`` is the plain mean of
+    the recalls of the classes that occur.
     """
     labels_N = np.asarray(rows["label"])
     rank_N = np.asarray(rows["rank"])
     ids, images = [str(name) for name in rows["id"]], [str(name) for name in rows["image"]]
     correct_N = (rank_N == 1).astype(np.float64)
-    sizes = np.bincount(labels_N)
     found = {"acc1": Outcomes(ids, correct_N, images, binary=True)}
     if top5 and len(rows.meta["classes"]) > 5:
         found["acc5"] = Outcomes(ids, (rank_N <= 5).astype(np.float64), images, binary=True)
-    found["mean_per_class_recall"] = Outcomes(ids, correct_N, images, binary=True, weights=1.0 / sizes[labels_N])
+    found["mean_per_class_recall"] = Outcomes(ids, correct_N, images, binary=True, strata=labels_N)
     return found
 
 
