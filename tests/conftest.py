@@ -30,7 +30,7 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real data: $VLBENCH_REAL_DATA, else ../shared/data beside the checkout. Skips where it is absent."""
+    """Real data: $VLBENCH_REAL_DATA, else ../shared/data beside the checkout. Skips where it is absent."""
     named = os.environ.get("VLBENCH_REAL_DATA")
     path = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
     if not path.is_dir():
