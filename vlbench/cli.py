@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from vlbench import __version__
-from vlbench.core.errors import UserError
+from vlbench.core.errors import RunError, UserError
 from vlbench.core.names import nearest, unknown
 
 _EXAMPLES = """\
@@ -86,11 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             _complain(extra, by_name[args.verb])
         module, _, function = args.run.partition(":")
         return int(getattr(importlib.import_module(module), function)(args))
+    except RunError as error:
+        return _refuse(error, debug=debug, status=1)
     except UserError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"vlbench: error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(error, debug=debug, status=2)
     except KeyboardInterrupt:
         print("vlbench: interrupted", file=sys.stderr)
         return 130
@@ -106,6 +105,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def _refuse(error: UserError, *, debug: bool, status: int) -> int:
+    if debug:
+        traceback.print_exc()
+    print(f"vlbench: error: {error}", file=sys.stderr)
+    return status
 
 
 def _complain(extra: list[str], parser: _Parser) -> NoReturn:
@@ -161,7 +167,12 @@ def _eval(sub: _Parser) -> None:
     sub.add_argument("--tasks", required=True, help="cards (linear/cifar10), kinds (linear) and suites, by commas")
     sub.add_argument("--weights", help="a local file for the architecture, or random[:SEED]")
     sub.add_argument("--name", help="the model's name in results and tables")
-    sub.add_argument("--data", metavar="SPEC", help="run the named kinds on your own data, e.g. imagefolder:DIR")
+    sub.add_argument(
+        "--data",
+        action="append",
+        metavar="SPEC",
+        help="run the named kinds on your own data, e.g. imagefolder:DIR; repeat for more",
+    )
     sub.add_argument(
         "--data-root", metavar="DIR", help="where task cards look for data (default: $VLBENCH_DATA or ./data)"
     )

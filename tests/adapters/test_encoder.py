@@ -165,6 +165,34 @@ def test_texts_are_encoded_once_in_batches_of_like_length(tmp_path) -> None:
     assert (encoder.stats.texts_encoded, encoder.stats.texts_reused) == (4, 0)
 
 
+def test_features_of_another_version_are_not_reused(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Encoder(MeanColour(), FeatureStore(tmp_path)).images(_source([1, 2]))
+    monkeypatch.setattr(encoder_module, "FEATURES_VERSION", encoder_module.FEATURES_VERSION + 1)
+    later = MeanColour()
+    Encoder(later, FeatureStore(tmp_path)).images(_source([1, 2]))
+    assert later.images == 2
+
+
+@pytest.mark.parametrize("name", ["enabled", "benchmark", "deterministic"])
+@pytest.mark.parametrize("value", [True, False])
+def test_arithmetic_mode_switches_off_tf32_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: bool
+) -> None:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    monkeypatch.setattr(cudnn, name, value)
+    before = matmul.allow_tf32
+    matmul.allow_tf32 = True
+    try:
+        with Encoder(MeanColour(), None)._mode():
+            assert getattr(cudnn, name) is value
+            assert not cudnn.allow_tf32
+            assert not matmul.allow_tf32
+        assert matmul.allow_tf32
+    finally:
+        matmul.allow_tf32 = before
+    assert getattr(cudnn, name) is value
+
+
 def test_bf16_features_are_kept_in_float32() -> None:
     backbone = MeanColour()
     weight = torch.eye(3) * 1.001

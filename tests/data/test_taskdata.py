@@ -59,6 +59,27 @@ def test_taskdata_divides_unsplit_data_by_content(unsplit, tmp_path):
     assert {role: set(image_digests(again.split(role))) for role in parts} == {r: set(p) for r, p in parts.items()}
 
 
+def test_taskdata_warns_where_the_model_was_pretrained_on_the_same_unsplit_data(unsplit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spec = f"imagefolder:{unsplit}"
+    for said in (spec, "imagefolder:pets", f"{spec}/@2", "imagefolder:./x/../pets"):
+        assert any("pretrained on these very images" in note for note in TaskData(spec, pretrained_on=[said]).notes)
+    for said in ("imagefolder:pets2", f"wds:{unsplit}", "some words", "ImageNet-1k"):
+        assert len(TaskData(spec, pretrained_on=["shapes", said]).notes) == 1
+    split = f"imagefolder:{image_folder(tmp_path / 'split', splits=('train', 'test'))}"
+    assert TaskData(split, pretrained_on=[split]).notes == ()
+
+
+def test_taskdata_shares_what_is_opened_between_prompts(unsplit):
+    data = TaskData(f"imagefolder:{unsplit}")
+    other = data.with_prompts(classes=["a", "b"], templates=["{}"])
+    assert other.split("test") is data.split("test")
+    assert data.split("train") is other.split("train")
+    assert (data.classnames, other.classnames) == (("cat", "dog"), ("a", "b"))
+    assert (data.templates, other.templates) == (None, ("{}",))
+    assert other.with_prompts().classnames == ("cat", "dog")
+
+
 def test_taskdata_keeps_equal_bytes_in_one_split(unsplit):
     for i in range(20):
         write_files(unsplit, {f"dog/copy{i}.png": png(i)})  # every cat again, as a dog

@@ -140,6 +140,8 @@ def test_load_backbone_reads_reference_cards(monkeypatch, tmp_path):
     assert loaded.card.preprocess == preprocess
     assert loaded.card.published == (), "published numbers are about other weights"
     assert loaded.card.weights == "w.pt"
+    claims = ("pretrain_data", "images_seen", "seed", "licence", "recipe")
+    assert [getattr(loaded.card, claim) for claim in claims] == [None] * 5, "said of other weights"
     assert loaded.card.provides == {"pooled", "tokens", "maps"}
     assert load_backbone("known", weights=str(file)).card.id == "known"
     assert load_backbone("known", weights=str(file)).card.published == published

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from tests.train.conftest import CLASSES, in_process, on_ranks
-from vlbench.core.errors import UserError
+from vlbench.core.errors import RunError, UserError
 from vlbench.models.weights import read_checkpoint
 from vlbench.recipes.supervised import RECIPE, Supervised
-from vlbench.train.distributed import session
+from vlbench.train.distributed import Ranks, session
 from vlbench.train.loop import fit
 
 
@@ -103,9 +103,8 @@ def test_a_different_seed_gives_different_weights(whole: Path, settings: Callabl
     assert not same(weights(fit(RECIPE, settings("seed=1"), out=tmp_path)), weights(whole))
 
 
-@pytest.mark.parametrize("recipe", ["supervised"])
 def test_killed_twice_and_resumed_gives_the_same_bits(
-    recipe: str, whole: Path, settings: Callable[..., Any], tmp_path: Path
+    whole: Path, settings: Callable[..., Any], tmp_path: Path
 ) -> None:
     """SIGKILL, at moments that the process did not choose: while it computes, or while it writes."""
     config = settings("workers=1", "checkpoint_every=1")
@@ -174,9 +173,39 @@ def test_resume_refuses_changed_data(settings: Callable[..., Any], folder: Path,
     config = settings(f"data=[imagefolder:{tmp_path / 'data'}]")
     with pytest.raises(Stop):
         fit(RECIPE, config, out=tmp_path / "run", watcher=StopAt(5))
-    (tmp_path / "data" / "red" / "0.png").unlink()
-    with pytest.raises(UserError, match=r"the data have changed since \(examples \[48\], now \[47\]"):
+    red = tmp_path / "data" / "red"
+    (red / "0.png").rename(red / "x.png")
+    with pytest.raises(UserError, match=r"the data have changed since \(imagefolder:\S+: other ids\): "):
         fit(RECIPE, config, out=tmp_path / "run", resume=True)
+    (red / "x.png").unlink()
+    with pytest.raises(
+        UserError, match=r"examples 48, now 47; imagefolder:\S+: other ids; imagefolder:\S+: other labels"
+    ):
+        fit(RECIPE, config, out=tmp_path / "run", resume=True)
+    shutil.copy(red / "1.png", red / "0.png")
+    assert fit(RECIPE, config, out=tmp_path / "run", resume=True).is_file()
+
+
+def test_resume_refuses_another_number_of_ranks(
+    settings: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Stop):
+        fit(RECIPE, settings(), out=tmp_path, watcher=StopAt(5))
+    content = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    content["train"]["world"] = 2
+    torch.save(content, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match=r"made by 2 processes, now 1: .* start 2, or a new run"):
+        fit(RECIPE, settings(), out=tmp_path, resume=True)
+
+
+def test_resume_refuses_other_settings_before_the_first_checkpoint_and_after_the_last(
+    whole: Path, settings: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(Stop):
+        fit(RECIPE, settings(), out=tmp_path, watcher=StopAt(1))
+    for folder in (tmp_path, whole.parent):
+        with pytest.raises(UserError, match=r"steps: 12, now 20\).*another --out, or delete the folder"):
+            fit(RECIPE, settings("steps=20"), out=folder, resume=True)
 
 
 def test_resume_of_a_finished_run_says_so(whole: Path, settings: Callable[..., Any]) -> None:
@@ -201,7 +230,7 @@ class Exploding(Supervised):
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
     settings: Callable[..., Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError) as error:
+    with pytest.raises(RunError) as error:
         fit(Exploding(), settings(), out=tmp_path)
     text = str(error.value)
     for part in ("step 8", "loss nan", "gradient norm nan", "learning rate", "step 4 stays", "ckpt.pt", "optim.lr"):
@@ -229,16 +258,66 @@ def test_bad_examples_are_replaced_counted_and_limited(
         assert "1 not an image" in watcher.said[-1]
         assert "1 empty file" in watcher.said[-1]
         assert log_of(tmp_path / str(workers))[-1]["bad_examples"] == 2
-        with pytest.raises(UserError, match="too many bad examples"):
+        with pytest.raises(RunError, match="too many bad examples"):
             fit(RECIPE, settings(data, f"workers={workers}", "max_bad=1"), out=tmp_path / f"limit{workers}")
     assert same(weights(tmp_path / "0" / "ckpt.pt"), weights(tmp_path / "2" / "ckpt.pt"))
 
 
-def test_bf16_and_compile_are_only_settings(settings: Callable[..., Any], tmp_path: Path) -> None:
+def test_bad_examples_of_all_ranks_are_counted(settings: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
+    """Each rank meets the one that the other does not; an example that both have met is one example."""
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "data")
+    for name in ("0.png", "1.png", "2.png"):
+        (tmp_path / "data" / "red" / name).write_bytes(b"not an image")
+    config = settings(f"data=[imagefolder:{tmp_path / 'data'}]", "visual.kwargs={}")  # 12 steps of 8: two epochs
+
+    def rank() -> None:
+        with session("cpu") as device:
+            watcher = StopAt(-1)
+            fit(RECIPE, config, out=tmp_path / "two", device=device, watcher=watcher)
+            assert watcher.said[-1].startswith("bad examples, replaced by others: 3 not an image: ")
+
+    on_ranks(rank)
+    fit(RECIPE, config, out=tmp_path / "one")
+    counts = [[record["bad_examples"] for record in log_of(tmp_path / name)] for name in ("one", "two")]
+    assert counts[0] == counts[1]
+    assert counts[0][-1] == 3
+
+
+def test_bf16_keeps_the_weights_in_fp32(settings: Callable[..., Any], tmp_path: Path) -> None:
     path = fit(RECIPE, settings("precision=bf16", "steps=2"), out=tmp_path)
     assert all(tensor.dtype == torch.float32 for tensor in weights(path).values())
 
 
-def test_batch_that_ranks_cannot_share_is_refused(settings: Callable[..., Any], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="accumulate"):
+def test_compile_compiles_and_leaves_the_run_what_it_was(
+    settings: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        """Runs what was traced as it is: the default backend would call a C++ compiler for a minute."""
+        graphs.append(graph)
+        return graph.forward
+
+    plain = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend=backend))
+    few = ("steps=2", "visual.kwargs={}")
+    one = fit(RECIPE, settings(*few), out=tmp_path / "plain")
+    assert not graphs
+    two = fit(RECIPE, settings(*few, "compile=true"), out=tmp_path / "compiled")
+    assert graphs
+    assert weights(one).keys() == weights(two).keys()
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(weights(two)[name], tensor, rtol=0, atol=1e-5)
+
+
+def test_batch_that_cannot_be_shared_is_refused(
+    settings: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="batch_size 8 cannot be cut into accumulate=3"):
         settings("accumulate=3")
+    monkeypatch.setattr("vlbench.train.loop.ranks", lambda: Ranks(0, 3))
+    with pytest.raises(UserError, match="8 cannot be shared by 3 ranks in accumulate=2 parts; make it a multiple of 6"):
+        fit(RECIPE, settings("accumulate=2"), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.verbs import toy_backbone
+from vlbench.cli import main
 from vlbench.core.errors import UserError
 from vlbench.core.types import Result
 from vlbench.store.results import ResultStore
@@ -91,7 +94,7 @@ def test_second_call_reuses_results_and_force_reuses_features(
     assert {name: r.estimates for name, r in _stored(tmp_path).items()} == {n: r.estimates for n, r in first.items()}
 
 
-@pytest.mark.parametrize("change", ["weights", "data", "precision"])
+@pytest.mark.parametrize("change", ["weights", "precision"])
 def test_a_stored_result_about_something_else_is_not_reused(
     tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str], change: str
 ) -> None:
@@ -100,12 +103,80 @@ def test_a_stored_result_about_something_else_is_not_reused(
     changes = {}
     if change == "weights":
         changes["model"] = f"{MODEL}:build_other"
-    elif change == "precision":
-        changes["precision"] = "bf16"
     else:
-        (colours / "test" / "red" / "0.png").unlink()
+        changes["precision"] = "bf16"
     assert _run(tmp_path, colours, tasks="knn", **changes) == 0
     assert f"about other {change}" in capsys.readouterr().out
+
+
+def test_a_result_about_other_data_of_the_same_name_is_replaced_by_force_only(
+    tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _run(tmp_path, colours, tasks="knn")
+    first = _stored(tmp_path)
+    (colours / "test" / "red" / "0.png").unlink()
+    capsys.readouterr()
+    assert _run(tmp_path, colours, tasks="knn") == 1
+    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("FAILED"))
+    assert "about other data" in line
+    assert "--force" in line
+    assert _stored(tmp_path) == first
+    assert _run(tmp_path, colours, tasks="knn", force=True) == 0
+    assert _stored(tmp_path)["knn/colours"].data.n == 89
+
+
+def test_a_model_pretrained_on_the_same_unsplit_data_is_warned_about_and_the_warning_is_stored(
+    tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unsplit = colours / "train"
+    build = toy_backbone.build
+
+    def pretrained():
+        backbone = build()
+        backbone.card = backbone.card.model_copy(update={"pretrain_data": (f"imagefolder:{unsplit}",)})
+        return backbone
+
+    monkeypatch.setattr(toy_backbone, "build", pretrained)
+    for _ in range(2):  # measured, then reused
+        assert _run(tmp_path, unsplit, tasks="knn") == 0
+        assert "note: N.B. the model was pretrained on these very images" in capsys.readouterr().out
+    store = ResultStore(tmp_path / "results")
+    assert any("very images" in note for note in store.rows(store.load("toy", "knn/train")).meta["notes"])
+
+
+def test_two_data_sets_in_one_call(tmp_path: Path, colours: Path) -> None:
+    specs = [f"imagefolder:{colours}", f"imagefolder:{colours / 'train'}"]
+    words = ["--data", specs[0], "--data", specs[1], "--device", "cpu", "--workers", "0"]
+    words += ["--results", str(tmp_path / "results")]
+    assert main(["eval", "--model", f"{MODEL}:build", "--tasks", "knn", *words]) == 0
+    assert set(_stored(tmp_path)) == {"knn/colours", "knn/train"}
+
+
+def test_tasks_on_the_same_data_read_them_once(tmp_path: Path, colours: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlbench.data import taskdata
+
+    opened = []
+    open_source = taskdata.open_source
+    monkeypatch.setattr(taskdata, "open_source", lambda *place: opened.append(place) or open_source(*place))
+    assert _run(tmp_path, colours) == 0
+    assert len(opened) == len(set(opened)) == 3
+
+
+def test_the_console_script_finds_a_module_in_the_working_directory(tmp_path: Path, colours: Path) -> None:
+    lines = [
+        "from torch import nn",
+        "from vlbench.models import wrap",
+        "def build():",
+        "    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())",
+        "    return wrap(net, preprocess=8, name='mine')",
+    ]
+    (tmp_path / "mymodel.py").write_text("\n".join(lines))
+    script = str(Path(sys.executable).parent / "vlbench")
+    words = ["eval", "--model", "mymodel:build", "--tasks", "knn", "--data", f"imagefolder:{colours}"]
+    words += ["--device", "cpu", "--workers", "0"]
+    done = subprocess.run([script, *words], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "results" / "mine" / "knn" / "colours@v1.json").is_file()
 
 
 def test_a_moved_or_renamed_folder_is_the_same_data(

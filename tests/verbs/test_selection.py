@@ -92,6 +92,12 @@ def test_own_data_run_the_named_kinds(tmp_path: Path) -> None:
     assert _names(two) == ["linear/a", "linear/b"]
 
 
+def test_own_data_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"imagefolder:x/a and --data imagefolder:y/a: both .* linear/a"):
+        select("linear", data=["imagefolder:x/a", "imagefolder:y/a"], root=tmp_path)
+    assert _names(select("linear", data=["imagefolder:x/a", "imagefolder:x/a"], root=tmp_path)) == ["linear/a"]
+
+
 def test_own_data_never_take_a_shipped_name(tmp_path: Path) -> None:
     assert _names(select("linear", data=["imagefolder:x/cifar10"], root=tmp_path)) == ["linear/own-cifar10"]
     named = select("linear/cifar10", data=["imagefolder:x/cifar10"], root=tmp_path)

@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # never at run time: adapters must load without torch
     from vlbench.core.cards import Preprocess
     from vlbench.core.types import Backbone, Source
 
+FEATURES_VERSION = 1
+"""Part of every key of the feature store: raised by any change to decoding, transforms or towers that moves
+features, so that what an older vlbench stored is not taken for what this one computes."""
 SHARD_ROWS = 4096
 """Rows appended to the store at once: few enough that a kill loses seconds, many enough that files stay few."""
 SHARD_SECONDS = 20.0
@@ -76,7 +79,9 @@ class Encoder:
 
     Args:
         backbone: the model to be measured.
-        store: a ``vlbench.store.features.FeatureStore``; None keeps features in memory for this run only.
+        store: a ``vlbench.store.features.FeatureStore``; None keeps features in memory for this run only. So it is,
+            whatever the store, for a user's model whose source cannot be read (``code_is_known`` is then False): a
+            later change to it would go unnoticed.
         batch_size: images (and texts) in one forward pass.
         precision: ``"fp32"`` (no TF32) or ``"bf16"`` (autocast). Features are kept in float32 either way.
         device: torch's name of the device.
@@ -96,6 +101,7 @@ class Encoder:
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         from vlbench.models.backbone import backbone_fingerprint
+        from vlbench.models.user_code import has_known_code
 
         self.backbone = backbone
         self.batch_size = batch_size
@@ -105,10 +111,13 @@ class Encoder:
         self.progress = progress
         self.stats = EncoderStats()
         self.fingerprint = backbone_fingerprint(backbone)
-        tables = store if store is not None else _MemoryStore()
-        made_of = {"backbone_fingerprint": self.fingerprint, "model": backbone.card.id, "precision": precision}
-        self._images = tables.table(fingerprint([self.fingerprint, precision, "images"]), made_of | {"of": "images"})
-        self._texts = tables.table(fingerprint([self.fingerprint, precision, "texts"]), made_of | {"of": "texts"})
+        self.code_is_known = has_known_code(backbone)
+        tables = store if store is not None and self.code_is_known else _MemoryStore()
+        key = {"backbone_fingerprint": self.fingerprint, "precision": precision, "features_version": FEATURES_VERSION}
+        self._images, self._texts = (
+            tables.table(fingerprint(key | {"of": of}), key | {"of": of, "model": backbone.card.id})
+            for of in ("images", "texts")
+        )
         self._digests: dict[int, tuple[Source, list[str]]] = {}
 
     def images(self, source: Source) -> ImageFeatures:
@@ -222,13 +231,21 @@ class Encoder:
 
     @contextlib.contextmanager
     def _mode(self) -> Iterator[None]:
-        """No gradient, and the arithmetic that ``precision`` names; cuDNN would otherwise convolve in TF32."""
+        """No gradient, and the arithmetic that ``precision`` names: no TF32 in convolutions and products."""
         import torch
 
         kind = torch.device(self.device).type
         autocast = torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16")
-        with torch.inference_mode(), autocast, torch.backends.cudnn.flags(allow_tf32=False):
-            yield
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        # Every flag is named: those that are not, this function of torch sets to False.
+        as_it_is = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
+        before = matmul.allow_tf32
+        matmul.allow_tf32 = False
+        try:
+            with torch.inference_mode(), autocast, cudnn.flags(**as_it_is, allow_tf32=False):
+                yield
+        finally:
+            matmul.allow_tf32 = before
 
 
 @dataclass

@@ -1,8 +1,8 @@
-"""The two kinds of bad news that vlbench tells a user, and nothing else.
+"""The kinds of bad news that vlbench tells a user, and nothing else.
 
-``UserError`` ends a command with one clear line; ``BadExample`` describes one broken example, which a
-training run counts and an evaluation refuses. Anything else that is raised is a defect of ours and shows
-its traceback.
+``UserError`` ends a command with one clear line, and so does ``RunError``, with another exit status; ``BadExample``
+describes one broken example, which a training run counts and an evaluation refuses. Anything else that is raised is
+a defect of ours and shows its traceback.
 """
 
 from __future__ import annotations
@@ -10,6 +10,14 @@ from __future__ import annotations
 
 class UserError(ValueError):
     """A mistake that the user can mend. The message says what is wrong, where, and what to do next."""
+
+
+class RunError(UserError):
+    """The words of the call were right and the run failed: a loss that is not finite, too many bad examples.
+
+    The command line ends with status 1, where it has 2 for any other ``UserError``: a script may try again with other
+    settings, and need not look for a spelling mistake.
+    """
 
 
 class BadExample(UserError):

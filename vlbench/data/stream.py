@@ -7,12 +7,12 @@ on the seed agree on the sample at position 1,234,567.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
-from vlbench.core.errors import BadExample, UserError
+from vlbench.core.errors import BadExample, RunError, UserError
 from vlbench.core.types import Example, Part, Source
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ class BadTally:
         """Count ``drawn`` samples and the bad examples that were met on the way.
 
         Raises:
-            UserError: once there are more of them than allowed, naming kinds and places.
+            RunError: once there are more of them than allowed, naming kinds and places.
         """
         self.drawn += drawn
         new = False
@@ -62,7 +62,19 @@ class BadTally:
             new = True
         if new and self._too_many():
             allowed = f"{self.max_bad:g}" if self.max_bad >= 1 else f"{self.max_bad:.2%} of the samples"
-            raise UserError(f"too many bad examples ({self.summary()}); allowed: {allowed}")
+            raise RunError(f"too many bad examples ({self.summary()}); allowed: {allowed}")
+
+    def state(self) -> dict[str, Any]:
+        """The account in plain values, for a checkpoint or another rank."""
+        return {"drawn": self.drawn, "seen": {kind: dict(wheres) for kind, wheres in self.seen.items()}}
+
+    def add(self, state: Mapping[str, Any]) -> None:
+        """Add another account, as ``state`` gave it; an example that is in both is one example. Never raises."""
+        self.drawn += state["drawn"]
+        for kind, wheres in state["seen"].items():
+            mine = self.seen.setdefault(kind, {})
+            for where, times in wheres.items():
+                mine[where] = mine.get(where, 0) + times
 
     def summary(self) -> str:
         """One line: counts by kind with the first places; empty where all was well."""
@@ -163,7 +175,7 @@ class Mixture:
                 bad.append(self._placed(error, source, index))
         tally = BadTally(math.inf)
         tally.record(bad)
-        raise UserError(f"data {self.sources[source].spec!r}: {len(bad)} bad examples in a row ({tally.summary()})")
+        raise RunError(f"data {self.sources[source].spec!r}: {len(bad)} bad examples in a row ({tally.summary()})")
 
     def example(self, position: int) -> tuple[Example, int, np.random.Generator]:
         """The example at ``position``, its label in ``classes`` or -1, and its generator. Bad ones are counted here."""

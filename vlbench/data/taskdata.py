@@ -7,11 +7,13 @@ The rules, where the data lack what a protocol wants:
   always land in one split, so no test image is trained on), in every class alike;
 - no ``val`` to choose on: adapters hold out part of ``train`` themselves.
 
-``notes`` says in words which of the first two was applied.
+``notes`` says in words which of the first two was applied, and warns where the second cannot be honest: a model that
+was pretrained on the same unsplit data has seen the test images.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -20,6 +22,7 @@ from vlbench.core.fingerprint import fingerprint
 from vlbench.core.types import Source
 from vlbench.data.digests import image_digests, source_fingerprint
 from vlbench.data.sources import Subset, canonical_split, list_splits, open_source
+from vlbench.data.spec import local_path, parse_spec
 
 _ROLES = ("train", "val", "test")
 _HELD_OUT = 0.2
@@ -33,6 +36,7 @@ class TaskData:
         splits: role → the data's own split, where they differ.
         classes: class names by label that replace the data's own.
         templates: prompt templates that replace those beside the data.
+        pretrained_on: the data specs that the model to be measured was pretrained on.
     """
 
     def __init__(
@@ -42,15 +46,24 @@ class TaskData:
         *,
         classes: Sequence[str] | None = None,
         templates: Sequence[str] | None = None,
+        pretrained_on: Sequence[str] | None = None,
     ) -> None:
         self.spec = spec
         self.notes: tuple[str, ...] = ()
         self._classes = tuple(classes) if classes is not None else None
         self._templates = tuple(templates) if templates is not None else None
-        self._made: dict[str, list[int]] | None = None
+        self._pretrained_on = tuple(pretrained_on or ())
+        self._made: dict[str, list[int]] = {}
         self._opened: dict[str, Source] = {}
         self._fingerprints: dict[str, str] = {}
         self._plan = self._roles({role: canonical_split(name) for role, name in (splits or {}).items()})
+
+    def with_prompts(self, *, classes: Sequence[str] | None = None, templates: Sequence[str] | None = None) -> TaskData:
+        """The same opened data under other class names and templates (None: the data's own)."""
+        other = copy.copy(self)  # shares what is opened, divided and digested, now and later
+        other._classes = tuple(classes) if classes is not None else None
+        other._templates = tuple(templates) if templates is not None else None
+        return other
 
     def has(self, role: str) -> bool:
         """Whether there is a split for this role (``train``, ``val``, ``test``, or a name of the data's own)."""
@@ -103,6 +116,13 @@ class TaskData:
                 raise UserError(f"data {self.spec!r}: the {role} split is to be {name!r}, but it has {has}")
         if present in ((), ("train",)) and "test" not in asked:
             self.notes += ("the data have no test split: 60% train, 20% val, 20% test, drawn by image content",)
+            seen = [spec for spec in self._pretrained_on if _same_data(spec, self.spec)]
+            if seen:
+                warning = (
+                    f"N.B. the model was pretrained on these very images, the test images among them ({seen[0]}): this "
+                    "does not measure generalisation; divide the data into train/ and test/ before pretraining"
+                )
+                self.notes += (warning,)
             return dict.fromkeys(_ROLES)
         plan: dict[str, str | None] = {name: name for name in present}
         plan |= asked
@@ -118,8 +138,8 @@ class TaskData:
         if name is not None:
             return open_source(self.spec, name)
         whole = open_source(self.spec)
-        if self._made is None:
-            self._made = content_split(whole)
+        if not self._made:
+            self._made.update(content_split(whole))
         return Subset(whole, self._made[role], split=role)
 
 
@@ -147,6 +167,17 @@ def content_split(source: Source) -> dict[str, list[int]]:
             f"data {source.spec!r}: too few images ({len(owner)} different ones) to make a {empty[0]} split"
         )
     return made
+
+
+def _same_data(spec: str, other: str) -> bool:
+    """Whether two specs name one place, however it is written."""
+    if spec == other:
+        return True
+    try:
+        one, two = parse_spec(spec), parse_spec(other)
+    except UserError:  # a reference card says in words what a model was trained on
+        return False
+    return one.kind == two.kind and local_path(one).resolve() == local_path(two).resolve()
 
 
 def _deal(n: int) -> list[str]:

@@ -7,12 +7,12 @@ floats there. B batch, C channels, H height, W width.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tf
 
@@ -20,6 +20,7 @@ from vlbench.core.cards import Preprocess
 from vlbench.core.config import Config
 
 _CROP_ATTEMPTS = 10
+_MAX_HUE = 0.5  # half the colour wheel: all hues there are
 
 
 class Augment(Config):
@@ -34,6 +35,18 @@ class Augment(Config):
     jitter_p: float = Field(default=1.0, ge=0, le=1, description="share of the images whose colours are jittered")
     random_erasing: float = Field(default=0.0, ge=0, le=1, description="share of the images with an erased rectangle")
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+
+    @model_validator(mode="after")
+    def _are_possible(self) -> Self:
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale: expected 0 < smallest <= largest <= 1, got {list(self.crop_scale)}")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1] < math.inf:
+            raise ValueError(f"crop_ratio: expected 0 < smallest <= largest, got {list(self.crop_ratio)}")
+        if not all(0 <= strength < math.inf for strength in self.color_jitter):
+            raise ValueError(f"color_jitter: strengths are not negative, got {list(self.color_jitter)}")
+        if self.color_jitter[3] > _MAX_HUE:
+            raise ValueError(f"color_jitter: the hue's strength is at most {_MAX_HUE}, got {self.color_jitter[3]}")
+        return self
 
 
 class EvalTransform:

@@ -21,6 +21,7 @@ from vlbench.core.errors import UserError
 from vlbench.core.fingerprint import fingerprint
 from vlbench.core.types import Features, Provides
 from vlbench.models.towers import VisualTower
+from vlbench.models.user_code import code_fingerprint, is_of_user
 
 
 class TorchBackbone:
@@ -54,6 +55,8 @@ class TorchBackbone:
         self._takes_dense = "dense" in inspect.signature(image_fn).parameters
         self._text_fn = text_fn
         self._tokenizer = tokenizer
+        self.built_by: Callable[..., Any] | None = None
+        """The user's function that made it, where one did."""
         self.device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
     @cached_property
@@ -156,19 +159,21 @@ def weights_hash(module: nn.Module) -> str:
 def backbone_fingerprint(backbone: Any) -> str:
     """Fingerprint of everything that makes a backbone's features what they are.
 
-    Weights, architecture, chosen feature, preprocessing and text spec; not its name. The key of the feature store.
+    Weights, architecture, chosen feature, preprocessing and text spec, and of a user's own model the code (one and
+    the same state dict can be computed with in many ways); not its name. The key of the feature store.
     """
     card = backbone.card
-    return fingerprint(
-        {
-            "weights": backbone.weights_hash,
-            "loader": card.loader,
-            "arch": card.arch,
-            "feature": card.feature,
-            "preprocess": card.preprocess.model_dump(mode="json"),
-            "text": card.text.model_dump(mode="json") if card.text is not None else None,
-        }
-    )
+    made_of = {
+        "weights": backbone.weights_hash,
+        "loader": card.loader,
+        "arch": card.arch,
+        "feature": card.feature,
+        "preprocess": card.preprocess.model_dump(mode="json"),
+        "text": card.text.model_dump(mode="json") if card.text is not None else None,
+    }
+    if is_of_user(backbone):
+        made_of["code"] = code_fingerprint(backbone)
+    return fingerprint(made_of)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from vlbench.core.catalog import LOADERS
 from vlbench.core.errors import UserError
 from vlbench.core.names import nearest
 from vlbench.core.types import Backbone
-from vlbench.models.loaders.shared import RANDOM
+from vlbench.models.loaders.shared import NOT_CLAIMED, RANDOM, importing_from_here
 from vlbench.models.weights import WEIGHT_SUFFIXES, existing_file
 
 FORMS = (
@@ -112,7 +112,8 @@ def _resolve(spec: str) -> tuple[str, str, ModelCard | None]:
 
 def _importable(module: str) -> bool:
     try:
-        return importlib.util.find_spec(module) is not None
+        with importing_from_here():
+            return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         return False
 
@@ -160,6 +161,10 @@ def _relabelled(card: ModelCard, weights: str | None, seed: int) -> ModelCard:
         return card
     file = Path(weights)
     update = {"id": f"{card.id}@{file.stem}", "weights": file.name, "sha256": None, "published": ()}
+    # A checkpoint of ours speaks for itself; a user's function that takes the file made its card with it in hand, and
+    # for one that does not, its loader has taken the claims back.
+    if card.loader not in ("native", "build"):
+        update |= NOT_CLAIMED
     return card.model_copy(update=update)
 
 

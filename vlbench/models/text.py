@@ -51,8 +51,8 @@ class TextConfig(Config):
 class TextTower(nn.Module):
     """A pre-norm causal transformer, read at the end-of-text token, with a linear projection without bias.
 
-    CLIP's text encoder (openai/CLIP, clip/model.py). The network and its initialisation (token embedding N(0.02), position N(0.01), attention
-    width^-0.5, residual outputs scaled by depth) are open_clip's.
+    CLIP's text encoder (openai/CLIP, clip/model.py). The network and its initialisation (token embedding N(0.02),
+    position N(0.01), attention width^-0.5, residual outputs scaled by depth) are open_clip's.
     """
 
     def __init__(self, net: Any) -> None:

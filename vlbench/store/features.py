@@ -157,7 +157,8 @@ class FeatureTable:
         if self._made_of is not None and not note.exists():
             write_text(note, canonical_json(dict(self._made_of)) + "\n")
         with atomic_writer(self.folder / f"shard-{uuid.uuid4().hex}.npz") as handle:
-            np.savez(handle, allow_pickle=False, **{_DIGESTS: _as_bytes(digests), **arrays})
+            members: dict[str, Any] = {_DIGESTS: _as_bytes(digests), **arrays}
+            np.savez(handle, **members)
 
     def gather(self, digests: Sequence[str], columns: Sequence[str]) -> dict[str, Floats]:
         """Column name → (N, D) float32, row by row in the order asked; a digest may be asked for twice.

@@ -7,7 +7,8 @@ a resume changes what the model sees.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -56,6 +57,33 @@ def open_mixture(recipe: Recipe, config: PretrainConfig) -> Mixture:
         max_bad=config.max_bad,
         needs=recipe.needs,
     )
+
+
+def data_identity(config: PretrainConfig, mixture: Mixture) -> list[dict[str, Any]]:
+    """What a resumed run must find again of each source, in plain values.
+
+    Ids and labels in their order, which the order of training is an order of. Images are not read: that would take
+    as long as an epoch.
+    """
+    return [
+        {
+            "spec": source.spec,
+            "examples": len(source),
+            "classes": _digest(source.classes or ()),
+            "ids": _digest(source.ids()),
+            "labels": _digest(map(str, source.labels() or ())),
+            "templates": _digest(named_templates(config.templates, source.templates)),
+        }
+        for source in mixture.sources
+    ]
+
+
+def _digest(words: Iterable[str]) -> str:
+    total = hashlib.sha256()
+    for word in words:
+        encoded = word.encode("utf-8", "surrogatepass")
+        total.update(len(encoded).to_bytes(8, "little") + encoded)
+    return total.hexdigest()[:16]
 
 
 class Samples(Dataset[Item | UserError]):

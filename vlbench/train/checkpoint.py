@@ -39,19 +39,20 @@ def load(folder: Path, *, recipe: str, config: Config) -> dict[str, Any] | None:
     """The checkpoint to go on from, or None where the run was stopped before its first.
 
     Raises:
-        UserError: where the folder's run had another recipe or other settings, naming them.
+        UserError: where the folder's run, finished or not, had another recipe or other settings, naming them.
     """
     path = folder / CHECKPOINT
-    if not path.is_file():
+    found = read_checkpoint(path) if path.is_file() else None
+    stored = found if found is not None else read_settings(folder)
+    if stored is None:
         return None
-    found = read_checkpoint(path)
-    if found["recipe"] != recipe:
-        raise UserError(f"{path} is a run of {found['recipe']}, not of {recipe}; give another --out")
-    changed = _changed(found["config"], config.model_dump(mode="json"))
+    if stored["recipe"] != recipe:
+        raise UserError(f"{folder} is a run of {stored['recipe']}, not of {recipe}; give another --out")
+    changed = _changed(stored["config"], config.model_dump(mode="json"))
     if changed:
         raise UserError(
-            f"{path} was made with other settings ({'; '.join(changed)}), so it cannot be resumed with these; "
-            "leave them out, or start a new run with another --out"
+            f"{folder} holds a run with other settings ({'; '.join(changed)}), which cannot go on with these; give "
+            "another --out, or delete the folder"
         )
     return found
 
@@ -78,7 +79,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error}); delete {folder} and start again") from None
-    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict) or "recipe" not in content:
         raise UserError(f"{path}: not the settings of a run; give another --out")
     return content
 

@@ -113,7 +113,7 @@ class PretrainConfig(Config):
         default=0.01,
         ge=0,
         description="bad examples that stop the run: below 1 a share of the samples drawn (from the eleventh on), else "
-        "a number of different examples",
+        "a number of different examples. Each rank counts the samples that it draws itself",
     )
 
     @model_validator(mode="after")

@@ -69,6 +69,11 @@ def _device(name: str | None) -> torch.device:
     except RuntimeError:
         raise UserError(f"--device {name}: expected cpu, cuda or cuda:<number>") from None
     if device.type == "cuda":
+        if device.index is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                f"--device {name}: every process of torchrun would take the same GPU; leave the number out, and each "
+                "takes one of its own"
+            )
         if not torch.cuda.is_available():
             raise UserError(f"--device {name}: torch sees no GPU here; leave --device out to train on the CPU")
         index = device.index if device.index is not None else int(os.environ.get("LOCAL_RANK", 0))

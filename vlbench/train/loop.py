@@ -21,11 +21,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vlbench.core.cards import ModelCard
-from vlbench.core.errors import UserError
+from vlbench.core.errors import RunError, UserError
 from vlbench.core.types import Recipe
-from vlbench.data.stream import Mixture
+from vlbench.data.stream import BadTally, Mixture
 from vlbench.train import checkpoint
-from vlbench.train.batches import Batch, batches, open_mixture
+from vlbench.train.batches import Batch, batches, data_identity, open_mixture
 from vlbench.train.config import PretrainConfig
 from vlbench.train.distributed import Ranks, barrier, gather_objects, ranks
 from vlbench.train.optim import build_optimizer, set_learning_rate
@@ -51,6 +51,8 @@ class _Run:
     """The model as it is called: the module, or its data-parallel wrapper."""
     optimizer: torch.optim.Optimizer
     card: ModelCard
+    identity: list[dict[str, Any]]
+    """Of the data, as ``data_identity`` gives it."""
     step: int = 0
     """Steps done."""
     seconds: float = 0.0
@@ -90,8 +92,9 @@ def fit(
         watcher: follows the run.
 
     Raises:
-        UserError: for data that do not suit the recipe, a folder in use, changed settings on resume, too many bad
-            examples, and a loss or gradient that is not finite (the last good checkpoint stays).
+        UserError: for data that do not suit the recipe, a folder that holds a run, and settings, data or a number of
+            ranks that changed before a resume.
+        RunError: for too many bad examples, and a loss or gradient that is not finite (the last good checkpoint stays).
     """
     here, watcher, device = ranks(), watcher or Silent(), torch.device(device)
     path = out / checkpoint.CHECKPOINT
@@ -140,7 +143,7 @@ def _train(run: _Run, log: checkpoint.Log | None, watcher: Watcher) -> None:
             watcher.record(record)
         if run.step % config.checkpoint_every == 0 or last:
             _save(run, finished=last)
-    summary = run.mixture.tally.summary()
+    summary = _tally_of_all(run).summary()
     if summary:
         watcher.say(f"bad examples, replaced by others: {summary}")
 
@@ -167,7 +170,7 @@ def _one_step(run: _Run, step: int, stream: Iterator[Batch]) -> tuple[float, dic
     values = torch.stack([*total.values(), norm.float()]).tolist()
     parts, gradient = dict(zip(total, values)), values[-1]
     if not all(map(math.isfinite, values)):
-        raise UserError(_diverged(run, step, rate, parts, gradient))
+        raise RunError(_diverged(run, step, rate, parts, gradient))
     run.optimizer.step()
     run.recipe.after_step(run.module)
     return rate, parts, gradient
@@ -195,28 +198,55 @@ def _prepare(recipe: Recipe, config: PretrainConfig, *, out: Path, device: torch
     card = recipe.export(module, config, mixture.classes).card
     card = card.model_copy(update={"id": out.resolve().name, "seed": config.seed})
     optimizer = build_optimizer(module, config.optim)
-    return _Run(recipe, config, out, device, here, mixture, module, model, optimizer, card)
+    identity = data_identity(config, mixture)
+    return _Run(recipe, config, out, device, here, mixture, module, model, optimizer, card, identity)
 
 
 def _restore(run: _Run, saved: dict[str, Any]) -> None:
     train = saved["train"]
-    if saved["classes"] != list(run.mixture.classes) or train["examples"] != _sizes(run.mixture):
+    if train.get("world") != run.here.world:
+        # Dropout masks belong to a rank, and sums over ranks are rounded differently.
         raise UserError(
-            f"{run.out / checkpoint.CHECKPOINT}: the data have changed since (examples {train['examples']}, now "
-            f"{_sizes(run.mixture)}; {len(saved['classes'])} classes, now {len(run.mixture.classes)}): a resumed run "
+            f"{run.out / checkpoint.CHECKPOINT}: made by {train.get('world')} processes, now {run.here.world}: a "
+            f"resumed run would not be the same run; start {train.get('world')}, or a new run with another --out"
+        )
+    changed = _changed_data(train.get("data", []), run.identity)
+    if changed:
+        raise UserError(
+            f"{run.out / checkpoint.CHECKPOINT}: the data have changed since ({'; '.join(changed)}): a resumed run "
             "would not be the same run; start a new one with another --out"
         )
     run.module.load_state_dict(saved["model"])
     run.optimizer.load_state_dict(train["optimizer"])
     run.step, run.saved_at, run.seconds = saved["step"], saved["step"], train["seconds"]
-    bad = train["bad"][run.here.rank] if run.here.rank < len(train["bad"]) else {"drawn": 0, "seen": {}}
-    run.mixture.tally.drawn, run.mixture.tally.seen = bad["drawn"], bad["seen"]
+    run.mixture.tally.add(train["bad"][run.here.rank])
+
+
+def _changed_data(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
+    """What differs, source by source, in words. Sources themselves are settings, which have been compared."""
+    if len(before) != len(now):
+        return [f"{len(before)} sources, now {len(now)}"]
+    return [
+        f"{new['spec']}: {key} {old.get(key)}, now {new[key]}" if key == "examples" else f"{new['spec']}: other {key}"
+        for old, new in zip(before, now)
+        for key in new
+        if old.get(key) != new[key]
+    ]
+
+
+def _tally_of_all(run: _Run) -> BadTally:
+    """The bad examples that all ranks met. Every rank must ask."""
+    if run.here.world == 1:
+        return run.mixture.tally
+    whole = BadTally(run.mixture.tally.max_bad)
+    for state in gather_objects(run.mixture.tally.state()):
+        whole.add(state)
+    return whole
 
 
 def _save(run: _Run, *, finished: bool) -> None:
     """Write the checkpoint. The last one needs no optimizer, which is two thirds of the file."""
-    tally = run.mixture.tally
-    bad = gather_objects({"drawn": tally.drawn, "seen": tally.seen})
+    bad = gather_objects(run.mixture.tally.state())
     if run.here.first:
         samples = run.step * run.config.batch_size
         content: dict[str, Any] = {
@@ -232,7 +262,8 @@ def _save(run: _Run, *, finished: bool) -> None:
             content["train"] = {
                 "optimizer": run.optimizer.state_dict(),
                 "seconds": run.seconds + time.perf_counter() - run.clock.start,
-                "examples": _sizes(run.mixture),
+                "world": run.here.world,
+                "data": run.identity,
                 "bad": bad,
             }
         checkpoint.save(run.out / checkpoint.CHECKPOINT, **content)
@@ -254,7 +285,7 @@ def _record(run: _Run, rate: float, parts: dict[str, float], norm: float) -> dic
         "data_wait": round(clock.waited / elapsed, 4),
         "seconds": round(run.seconds, 3),
         "samples_seen": run.step * run.config.batch_size,
-        "bad_examples": sum(run.mixture.tally.counts().values()),
+        "bad_examples": sum(_tally_of_all(run).counts().values()),
     }
 
 
@@ -278,10 +309,6 @@ def _check_division(config: PretrainConfig, here: Ranks) -> None:
             f"batch_size {config.batch_size} cannot be shared by {here.world} ranks in accumulate={config.accumulate} "
             f"parts; make it a multiple of {config.accumulate * here.world}"
         )
-
-
-def _sizes(mixture: Mixture) -> list[int]:
-    return [len(source) for source in mixture.sources]
 
 
 def _seed(*words: int) -> None:

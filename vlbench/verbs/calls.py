@@ -47,10 +47,25 @@ EVAL_DEFAULTS = {
 
 
 def pretrain(**changes: object) -> Path:
-    """``vlbench pretrain`` with ``changes`` to its defaults. Returns the checkpoint."""
+    """``vlbench pretrain`` with ``changes`` to its defaults. Returns the checkpoint.
+
+    With ``resume=True`` a run of exactly these settings is gone on with, or used again where it is finished.
+
+    Raises:
+        UserError: where the folder's run had others, naming them: two budgets must not meet in one table.
+    """
     from vlbench.verbs.pretrain import pretrain as train
 
-    return train(_namespace(PRETRAIN_DEFAULTS, changes))
+    args = _namespace(PRETRAIN_DEFAULTS, changes)
+    args.exact = True
+    return train(args)
+
+
+def check_pretrain(**changes: object) -> None:
+    """Raise UserError where ``pretrain`` with these settings would refuse them, before it has done anything."""
+    from vlbench.verbs.pretrain import check
+
+    check(_namespace(PRETRAIN_DEFAULTS, changes))
 
 
 def evaluate(**changes: object) -> int:

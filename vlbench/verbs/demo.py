@@ -2,7 +2,7 @@
 
 Makes the world, pretrains a supervised, a CLIP and a UniCL backbone on the same budget, measures them and a
 random-weight network of the same architecture on every task of the ``smoke`` suite, and writes a leaderboard. What an
-earlier call finished is used again.
+earlier call finished is used again, where it had the same settings.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     checkpoints = {}
     for recipe in RECIPES:
         print(f"\n[demo] pretrain {recipe}")
-        # --resume also means: a finished run is left as it is, and said to be finished.
+        # --resume also means: a finished run of the same settings is used again.
         checkpoints[recipe] = pretrain(recipe=recipe, out=str(out / "runs" / recipe), steps=args.steps, resume=True)
     for recipe, checkpoint in checkpoints.items():
         print(f"\n[demo] evaluate {recipe}")

@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +62,7 @@ class Session:
     provenance: dict[str, Any]
     """``versions`` and ``commit`` of the software."""
     data: dict[str, Any] = field(default_factory=dict)
-    """Opened task data by what they were opened with: tasks on the same data share them."""
+    """Opened task data by spec and splits: tasks on the same data share them."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,8 @@ def open_session(args: argparse.Namespace) -> Session:
         workers=args.workers,
         progress=EncodingProgress(),
     )
+    if not encoder.code_is_known:
+        print("note: the source of the model's code cannot be read: features are not kept, results not used again")
     settings = {"precision": args.precision, "batch_size": args.batch_size, **machine.describe(device)}
     provenance = {"versions": machine.versions(), "commit": machine.commit()}
     print(f"model: {model.name} ({card.arch}, weights {model.weights_hash}) on {settings['device_name']}")
@@ -178,7 +180,7 @@ def measure(job: Job, session: Session) -> tuple[Result, Rows]:
     card, encoder = job.choice.card, session.encoder
     before, began = encoder.stats.copy(), time.perf_counter()
     machine.reset_peak_memory(session.settings["device"])
-    rows = job.adapter.predict(encoder, job.data, job.config)
+    rows = _with_notes(job.adapter.predict(encoder, job.data, job.config), job.data.notes)
     predicted = time.perf_counter()
     estimates: dict[str, Estimate] = job.adapter.score(rows, job.config)
     if card.metric not in estimates:
@@ -215,7 +217,11 @@ def measure(job: Job, session: Session) -> tuple[Result, Rows]:
 
 
 def stored_result(job: Job, session: Session) -> Result | None:
-    """The stored result of exactly this measurement, its rows undamaged; None where there is none."""
+    """The stored result of exactly this measurement, its rows undamaged; None where there is none.
+
+    Raises:
+        UserError: where the user's own data have the name of other data that a result is stored about.
+    """
     card, store = job.choice.card, session.results
     if not store.path(session.model.name, card.name, card.version).is_file():
         return None
@@ -230,7 +236,13 @@ def stored_result(job: Job, session: Session) -> Result | None:
         "task": old.task_fingerprint != card.fingerprint() or old.config != job.config.model_dump(mode="json"),
         "data": old.data.fingerprint != job.data_ref.fingerprint,
         "precision": old.settings.get("precision") != session.settings["precision"],
+        "code (for all that is known)": not session.encoder.code_is_known,
     }
+    if differs["data"] and not card.data:  # a folder's name is all that tells the user's own data apart here
+        raise UserError(
+            f"{store.path(old.model.name, old.task, old.task_version)} is about other data ({old.data.spec}): rename "
+            "the folder, name another --results DIR, or replace it with --force"
+        )
     changed = [what for what, is_changed in differs.items() if is_changed]
     if changed:
         print(f"  the stored result under this name is about other {' and '.join(changed)}: measured again, replaced")
@@ -243,7 +255,7 @@ def _run_one(choice: Choice, session: Session, place: str) -> Done:
     old = None if session.force else stored_result(job, session)
     if old is not None:
         print(f"{place}: reused, measured {old.created}")
-        return Done(old, True, ())
+        return Done(old, True, _say_notes(_with_notes(session.results.rows(old), job.data.notes)))
     print(f"{place}: {job.data_ref.n:,} examples of {job.data_ref.spec}", flush=True)
     try:
         result, rows = measure(job, session)
@@ -251,28 +263,39 @@ def _run_one(choice: Choice, session: Session, place: str) -> Done:
         if session.encoder.progress is not None:
             session.encoder.progress.close()
     result = session.results.save(result, rows)
-    notes = (*job.data.notes, *rows.meta.get("notes", ()))
-    for note in notes:
-        print(f"  note: {note}")
+    notes = _say_notes(rows)
     headline = result.estimates[result.metric]
     print(f"  {result.metric} {_percent(headline)}, {sum(result.seconds.values()):.1f} s", flush=True)
     return Done(result, False, notes)
 
 
+def _with_notes(rows: Rows, notes: Sequence[str]) -> Rows:
+    """``rows`` that carry these notes before their own: what was said of a measurement is stored with it."""
+    every = list(dict.fromkeys((*notes, *rows.meta.get("notes", ()))))
+    return replace(rows, meta={**rows.meta, "notes": every}) if every else rows
+
+
+def _say_notes(rows: Rows) -> tuple[str, ...]:
+    notes = tuple(rows.meta.get("notes", ()))
+    for note in notes:
+        print(f"  note: {note}")
+    return notes
+
+
 def _open_data(choice: Choice, session: Session, *, with_prompts: bool) -> Any:
-    """The task's data; opened once for tasks that open it alike."""
+    """The task's data under its prompts; opened and read once for all tasks on the same data and splits."""
     from vlbench.data.taskdata import TaskData
 
     prompts = choice.card.prompts
     classes = prompt_lines(prompts.classnames) if prompts.classnames else None
     templates = prompt_lines(prompts.templates) if with_prompts and prompts.templates else None
-    key = fingerprint([choice.spec, choice.card.splits, classes, templates])
+    key = fingerprint([choice.spec, choice.card.splits])
     if key not in session.data:
-        session.data[key] = TaskData(choice.spec, choice.card.splits, classes=classes, templates=templates)
-    data = session.data[key]
+        opened = TaskData(choice.spec, choice.card.splits, pretrained_on=session.model.pretrain_data)
+        session.data[key] = opened
+    data = session.data[key].with_prompts(classes=classes, templates=templates)
     if with_prompts and not data.templates:
-        templates = prompt_lines(DEFAULT_PROMPTS)
-        session.data[key] = data = TaskData(choice.spec, choice.card.splits, classes=classes, templates=templates)
+        data = data.with_prompts(classes=classes, templates=prompt_lines(DEFAULT_PROMPTS))
     return data
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from vlbench.train.config import PretrainConfig
 
 RUNS = Path("runs")
+LOCK = ".lock"
+"""In a run's folder: held by the process that trains there."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,18 +29,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def pretrain(args: argparse.Namespace) -> Path:
-    """Train as ``args`` says. Returns the checkpoint."""
-    from vlbench.core.catalog import RECIPES
+    """Train as ``args`` says. Returns the checkpoint.
+
+    With ``args.resume``, what is typed goes on with the folder's own settings and may leave them out. A caller that
+    sets ``args.exact`` means the preset with its changes and nothing else; a folder of another run is then an error.
+    """
     from vlbench.train import distributed
     from vlbench.train.loop import fit
 
-    recipe = RECIPES.get(args.recipe)
-    if args.preset not in recipe.presets:
-        raise UserError(f"recipe {args.recipe}: {unknown('preset', args.preset, recipe.presets)}")
-    with distributed.session(args.device) as device:
+    recipe = _recipe(args)
+    with distributed.session(args.device) as device, _claimed(args, recipe.presets[args.preset].seed) as out:
         first = distributed.ranks().first
-        # Chosen by one rank for all: a name that is free for the first to look is taken for the second.
-        out = Path(distributed.from_first(str(_folder(args, recipe.presets[args.preset].seed))))
         config, preset = _settings(args, recipe, out)
         if first:
             _introduce(args.recipe, preset, config, recipe.presets[preset], out, device)
@@ -50,13 +52,32 @@ def pretrain(args: argparse.Namespace) -> Path:
     return path
 
 
+def check(args: argparse.Namespace) -> PretrainConfig:
+    """The settings that ``pretrain`` would start a new run with. Raises UserError as it would."""
+    return _changed(args, _recipe(args).presets[args.preset])
+
+
+def _recipe(args: argparse.Namespace) -> Any:
+    from vlbench.core.catalog import RECIPES
+
+    recipe = RECIPES.get(args.recipe)
+    if args.preset not in recipe.presets:
+        raise UserError(f"recipe {args.recipe}: {unknown('preset', args.preset, recipe.presets)}")
+    return recipe
+
+
 def _settings(args: argparse.Namespace, recipe: Any, out: Path) -> tuple[PretrainConfig, str]:
     """The resolved settings and the preset's name. A resumed run's own settings come before the preset's."""
     preset, base = args.preset, recipe.presets[args.preset]
-    stored = _stored(args, out) if args.resume else None
+    stored = _stored(args, out) if args.resume and not getattr(args, "exact", False) else None
     if stored is not None:
         preset = stored["preset"] if stored["preset"] in recipe.presets else preset
         base = parse(type(base), stored["config"], where=str(out / "config.json"))
+    return _changed(args, base), preset
+
+
+def _changed(args: argparse.Namespace, base: PretrainConfig) -> PretrainConfig:
+    """``base`` with what ``args`` changes."""
     changes = {
         "data": list(args.data) if args.data else None,
         "seed": args.seed,
@@ -71,7 +92,7 @@ def _settings(args: argparse.Namespace, recipe: Any, out: Path) -> tuple[Pretrai
         kept = values["visual"]["kwargs"] if args.backbone == base.visual.arch else {}
         values["visual"] = values["visual"] | {"arch": args.backbone, "kwargs": kept}
     config = parse(type(base), values, where=f"pretrain {args.recipe}")
-    return override(config, args.set) if args.set else config, preset
+    return override(config, args.set) if args.set else config
 
 
 def _stored(args: argparse.Namespace, out: Path) -> dict[str, Any] | None:
@@ -87,21 +108,83 @@ def _stored(args: argparse.Namespace, out: Path) -> dict[str, Any] | None:
     return stored
 
 
-def _folder(args: argparse.Namespace, default_seed: int) -> Path:
-    """``--out``, else ``runs/<recipe>-<preset>-s<seed>``: the first free one, or with --resume the last used one."""
+@contextlib.contextmanager
+def _claimed(args: argparse.Namespace, default_seed: int) -> Iterator[Path]:
+    """The run's folder, chosen and held by one rank for all: what is free for the first is taken for the second."""
+    from vlbench.train import distributed
+
+    with contextlib.ExitStack() as stack:
+        out, refused = "", ""
+        if distributed.ranks().first:
+            try:
+                out = str(stack.enter_context(_held(args, default_seed)))
+            except UserError as error:
+                refused = str(error)
+        out, refused = distributed.from_first((out, refused))
+        if refused:
+            raise UserError(refused)
+        yield Path(out)
+
+
+@contextlib.contextmanager
+def _held(args: argparse.Namespace, default_seed: int) -> Iterator[Path]:
+    """The folder, locked against other processes; it is removed again where nothing came of it."""
+    from filelock import FileLock, Timeout
+
+    folder = _folder(args, default_seed)
+    name = folder or RUNS / "new"
+    absent = [path for path in (name, *name.parents) if not path.exists()]
+    try:
+        if folder is None:
+            folder = _new_folder(args, default_seed)
+            absent[0] = folder
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the run folder {error.filename or folder} cannot be made: {error.strerror}") from None
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"{folder} is in use by another `vlbench pretrain`; wait for its end, or give another --out"
+        ) from None
+    try:
+        yield folder
+    finally:
+        if [path.name for path in folder.iterdir()] == [LOCK]:
+            (folder / LOCK).unlink()
+        lock.release()
+        with contextlib.suppress(OSError):  # raised where something is in it
+            for path in absent:
+                path.rmdir()
+
+
+def _folder(args: argparse.Namespace, default_seed: int) -> Path | None:
+    """``--out``, or with --resume the last used folder of the default name. None: a new one is wanted."""
     if args.out is not None:
         return Path(args.out)
-    seed = args.seed if args.seed is not None else default_seed
-    names = _numbered(slug(f"{args.recipe}-{args.preset}-s{seed}"))
-    last = RUNS / next(names)
-    if args.resume and not last.exists():
-        return last
-    while last.exists():
-        free = RUNS / next(names)
-        if args.resume and not free.exists():
-            return last
-        last = free
+    last = None
+    if args.resume:
+        for name in _names(args, default_seed):
+            if not (RUNS / name).exists():
+                break
+            last = RUNS / name
     return last
+
+
+def _new_folder(args: argparse.Namespace, default_seed: int) -> Path:
+    """The first free ``runs/<recipe>-<preset>-s<seed>``, made here: who makes a folder has it, however many look."""
+    for name in _names(args, default_seed):
+        with contextlib.suppress(FileExistsError):
+            (RUNS / name).mkdir(parents=True)
+            return RUNS / name
+    raise AssertionError("there is always a next name")
+
+
+def _names(args: argparse.Namespace, default_seed: int) -> Iterator[str]:
+    seed = args.seed if args.seed is not None else default_seed
+    return _numbered(slug(f"{args.recipe}-{args.preset}-s{seed}"))
 
 
 def _numbered(name: str) -> Iterator[str]:
@@ -121,8 +204,6 @@ def _introduce(recipe: str, preset: str, config: PretrainConfig, base: Any, out:
 
 
 def _watcher(config: PretrainConfig, *, talk: bool) -> Any:
-    import contextlib
-
     from vlbench.train.progress import Silent, watch
 
     sys.stdout.flush()

@@ -130,7 +130,7 @@ def _choose(card: TaskCard, root: Path, *, named: bool) -> Choice | None:
 def _own(word: str, data: Sequence[str]) -> Iterable[Choice]:
     from vlbench.data.spec import parse_spec
 
-    specs = [parse_spec(spec).bare for spec in data]
+    specs = list(dict.fromkeys(parse_spec(spec).bare for spec in data))
     cards = task_cards()
     if word in cards:
         if len(specs) > 1:
@@ -140,7 +140,16 @@ def _own(word: str, data: Sequence[str]) -> Iterable[Choice]:
         raise UserError(f"suite {word!r} names its own data; with --data, ask for kinds: {', '.join(ADAPTERS.names())}")
     if word not in ADAPTERS.names():
         raise UserError(unknown("kind of task", word, {*ADAPTERS.names(), *cards}))
-    return [Choice(own_card(word, spec), spec, said=spec, named=False) for spec in specs]
+    choices: dict[str, Choice] = {}
+    for spec in specs:
+        choice = Choice(own_card(word, spec), spec, said=spec, named=False)
+        if choice.card.name in choices:
+            raise UserError(
+                f"--data {choices[choice.card.name].spec} and --data {spec}: both would be stored as "
+                f"{choice.card.name}, after the folder's name; rename one, or run them apart with --results DIR"
+            )
+        choices[choice.card.name] = choice
+    return list(choices.values())
 
 
 def _absent(card: TaskCard, root: Path) -> str:

@@ -2,7 +2,7 @@
 
 A study is a list of ``pretrain`` and ``eval`` calls that differ in one thing at a time, so that a difference in its
 table is a difference in the recipe. Killed, it goes on where it was: a finished run and a stored result are not made
-again.
+again. A run whose settings the study has changed since is an error, never a row of another budget.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 import argparse
 import itertools
 from pathlib import Path
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vlbench.core.cards import read_yaml
 from vlbench.core.config import Config, parse
 from vlbench.core.errors import UserError
 from vlbench.core.names import nearest, slug
-from vlbench.verbs.calls import evaluate, pretrain
+from vlbench.verbs.calls import check_pretrain, evaluate, pretrain
 
 
 class Arm(Config):
@@ -41,6 +42,33 @@ class Study(Config):
     set: tuple[str, ...] = Field(default=(), description="settings of every arm; the budget belongs here")
     random: bool = Field(default=True, description="measure random weights of each architecture too, with each seed")
     data_root: str | None = Field(default=None, description="as for `vlbench eval --data-root`")
+    eval_data: str | None = Field(default=None, description="as for `vlbench eval --data`: what the kinds are run on")
+
+    @model_validator(mode="after")
+    def _every_cell_has_its_own_name(self) -> Self:
+        seen = {slug("random"): "the random-weight rows"} if self.random else {}
+        for number, arm in enumerate(self.arms, start=1):
+            name = arm.name or arm.recipe
+            if slug(name) in seen:
+                raise ValueError(
+                    f"arm {number} is called {name!r}, as {seen[slug(name)]} is; give it a `name` of its own"
+                )
+            seen[slug(name)] = f"arm {number}"
+        for what, values in (("seeds", self.seeds), ("backbones", self.backbones or ("",))):
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{what}: expected at least one, and none twice, got {list(values)}")
+        return self
+
+    def settings(self, arm: Arm, backbone: str | None, seed: int) -> dict[str, Any]:
+        """What ``pretrain`` is called with for one cell."""
+        return {
+            "recipe": arm.recipe,
+            "data": list(arm.data) if arm.data else None,
+            "preset": self.preset,
+            "backbone": backbone,
+            "set": [*self.set, *arm.set],
+            "seed": seed,
+        }
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,21 +78,22 @@ def run(args: argparse.Namespace) -> int:
     study = read_study(Path(args.file))
     out = Path(args.out) if args.out else Path("runs") / Path(args.file).stem
     cells = list(itertools.product(study.backbones or (None,), study.seeds, study.arms))
+    for backbone, seed, arm in cells:  # a mistake in the last arm is better known before the first is trained
+        try:
+            check_pretrain(**study.settings(arm, backbone, seed))
+        except UserError as error:
+            raise UserError(f"{args.file}: arm {arm.name or arm.recipe}: {error}") from None
     status = 0
     for number, (backbone, seed, arm) in enumerate(cells, start=1):
         name = model_name(study, arm.name or arm.recipe, backbone, seed)
         print(f"\n[study] {number}/{len(cells)} {name}")
-        checkpoint = pretrain(
-            recipe=arm.recipe,
-            data=list(arm.data) if arm.data else None,
-            preset=study.preset,
-            backbone=backbone,
-            set=[*study.set, *arm.set],
-            seed=seed,
-            out=str(out / slug(name)),
-            resume=True,
-        )
-        measured = {"tasks": study.tasks, "data_root": study.data_root, "results": args.results}
+        checkpoint = pretrain(**study.settings(arm, backbone, seed), out=str(out / slug(name)), resume=True)
+        measured = {
+            "tasks": study.tasks,
+            "data": study.eval_data,
+            "data_root": study.data_root,
+            "results": args.results,
+        }
         status |= evaluate(model=str(checkpoint), name=name, **measured)
         if study.random and arm is study.arms[-1]:
             # The last arm's architecture: put one with a text tower there and the random row has every task.

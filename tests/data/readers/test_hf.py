@@ -79,9 +79,26 @@ def test_hf_takes_columns_and_split_from_the_options(tmp_path):
         open_source(f"hf:{tmp_path}?split=tset")
 
 
-def test_hf_ids_fall_back_to_row_numbers_where_the_column_repeats(tmp_path):
+def test_hf_ids_fall_back_to_paths_where_the_column_repeats(tmp_path):
     parquet(tmp_path, id=["a", "a", "b", "c", "d", "e"])
-    assert open_source(f"hf:{tmp_path}").ids() == ["0", "1", "2", "3", "4", "5"]
+    source = open_source(f"hf:{tmp_path}")
+    assert source.ids() == [f"{i}.png" for i in range(6)]
+    assert source.ids() is source.ids()
+    assert source[2].id == "2.png"
+
+
+@pytest.mark.parametrize("path", ["same.png", None])
+def test_hf_ids_fall_back_to_content_and_follow_the_image(tmp_path, path):
+    def ids(seeds, name):
+        rows = datasets.Dataset.from_dict({"image": [{"bytes": png(seed), "path": path} for seed in seeds]})
+        rows.cast_column("image", datasets.Image()).to_parquet(str(tmp_path / name))
+        source = open_source(f"hf:{tmp_path / name}")
+        assert [source[i].id for i in range(len(source))] == list(source.ids())
+        return list(source.ids())
+
+    one, two, three = ids([1, 2, 3], "a.parquet")
+    assert all(len(name) == 16 for name in (one, two, three))
+    assert ids([3, 1, 1, 2, 1], "b.parquet") == [three, one, f"{one}-2", two, f"{one}-3"]
 
 
 def test_hf_reads_what_save_to_disk_wrote(tmp_path):

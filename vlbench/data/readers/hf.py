@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from vlbench.core.errors import BadExample, UserError
+from vlbench.core.fingerprint import digest
 from vlbench.core.names import unknown
 from vlbench.core.paths import cache_dir
 from vlbench.core.types import Example, Part
@@ -42,8 +45,6 @@ class HfSource(BaseSource):
         super().__init__(spec.bare, split, provides=_parts(columns), classes=classes)
         self._table = table.with_format("arrow", columns=sorted(set(columns.values())))
         self._columns = columns
-        ids = table.with_format(None)[columns["id"]][:] if "id" in columns else range(len(table))
-        self._ids = [str(name) for name in ids]
         self._label_values = _label_values(table, columns.get("label"), classes)
 
     def __len__(self) -> int:
@@ -53,7 +54,7 @@ class HfSource(BaseSource):
         if index < 0 or index >= len(self):
             raise IndexError(index)
         row = self._table[index].to_pylist()[0]
-        where = f"{self.spec} {self._ids[index]}"
+        where = f"{self.spec} {self._ids[index]} (row {index})"
         texts = _texts(row.get(self._columns.get("text", "")), where)
         return Example(
             id=self._ids[index],
@@ -63,12 +64,56 @@ class HfSource(BaseSource):
         )
 
     def ids(self) -> Sequence[str]:
-        """The id column where there is one with different values, else the row numbers."""
+        """The id column, else the images' paths, where all values differ; else a digest of each image's bytes.
+
+        Equal images get ``-2``, ``-3`` and so on. Never a row number, which would pair different images of two
+        versions of a data set. Without an id column the images are gone through once.
+        """
         return self._ids
+
+    @cached_property
+    def _ids(self) -> list[str]:
+        if "id" in self._columns:
+            return [str(name) for name in self._table.with_format(None)[self._columns["id"]][:]]
+        return _ids_from_paths(self._table, self._columns["image"]) or _ids_from_content(
+            self._table, self._columns["image"]
+        )
 
     def labels(self) -> Sequence[int | None] | None:
         """The label column; -1 (the hub's mark of a hidden label) is None."""
         return self._label_values
+
+
+def _ids_from_paths(table: datasets.Dataset, column: str) -> list[str] | None:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    paths: list[str | None] = []
+    for values in _column_parts(table, column):
+        if not pa.types.is_struct(values.type) or values.type.get_field_index("path") < 0:
+            return None
+        paths += pc.struct_field(values, "path").to_pylist()
+    return [str(path) for path in paths] if all(paths) and len(set(paths)) == len(paths) else None
+
+
+def _ids_from_content(table: datasets.Dataset, column: str) -> list[str]:
+    seen: Counter[str] = Counter()
+    ids = []
+    for values in _column_parts(table, column):
+        for value in values.to_pylist():
+            try:
+                name = digest(_image_bytes(value, ""))[:16]
+            except BadExample:  # said when the row is read
+                name = digest(b"")[:16]
+            seen[name] += 1
+            ids.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+    return ids
+
+
+def _column_parts(table: datasets.Dataset, column: str) -> Iterator[Any]:
+    """One column as Arrow arrays of some hundred rows."""
+    for part in table.with_format("arrow", columns=[column]).iter(batch_size=256):
+        yield part[column]
 
 
 def _open(spec: DataSpec, split: str | None) -> HfSource:

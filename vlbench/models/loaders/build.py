@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from vlbench.core.errors import UserError
 from vlbench.core.registry import load_attribute
-from vlbench.models.loaders.shared import RANDOM, seeded
+from vlbench.models.loaders.shared import NOT_CLAIMED, RANDOM, importing_from_here, seeded
 from vlbench.models.weights import load_strictly, read_weights
 
 
@@ -18,10 +19,16 @@ def load(ref: str, *, weights: str | None = None, seed: int = 0) -> Any:
 
     A function with a parameter ``weights`` gets the text of ``--weights`` and does with it what it likes. For any
     other one, a file is loaded into the module that it returned, and ``random`` re-initialises that module.
+    Modules are found in the working directory too, after everything installed.
 
     Raises:
         UserError: where there is no such function, or it returns no backbone.
     """
+    with importing_from_here():
+        return _load(ref, weights, seed)
+
+
+def _load(ref: str, weights: str | None, seed: int) -> Any:
     build = load_attribute(ref, what=f"--model {ref}")
     if not callable(build):
         raise UserError(f"--model {ref}: {ref.partition(':')[2]} is a {type(build).__name__}, not a function")
@@ -34,6 +41,8 @@ def load(ref: str, *, weights: str | None = None, seed: int = 0) -> Any:
             f"--model {ref}: it returned a {type(backbone).__name__}, not a backbone; "
             "return vlbench.models.wrap(module, preprocess=..., name=...)"
         )
+    with contextlib.suppress(AttributeError):  # a user's own class may have no room for it; its own file is looked at
+        backbone.built_by = build
     if weights is None or takes_weights:
         return backbone
     module = getattr(backbone, "module", None)
@@ -44,6 +53,7 @@ def load(ref: str, *, weights: str | None = None, seed: int = 0) -> Any:
             _reinitialise(module, ref)
     else:
         load_strictly(module, read_weights(weights), where=f"{weights} in {ref}")
+        backbone.card = backbone.card.model_copy(update=NOT_CLAIMED)
     return backbone
 
 

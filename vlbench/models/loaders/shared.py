@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import socket
+import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -15,6 +18,8 @@ from vlbench.core.errors import UserError
 from vlbench.core.names import unknown
 
 RANDOM = "random"
+NOT_CLAIMED: dict[str, None] = dict.fromkeys(("pretrain_data", "images_seen", "seed", "licence", "recipe"))
+"""What a card said of its own weights and cannot say of others."""
 
 
 @contextlib.contextmanager
@@ -23,6 +28,25 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
+
+
+@contextlib.contextmanager
+def importing_from_here() -> Iterator[None]:
+    """Let modules of the working directory be imported; under a console script Python does not look there.
+
+    Last in the order, so that a file of the user's hides no installed package.
+    """
+    here = str(Path.cwd())
+    if here in sys.path:
+        yield
+        return
+    sys.path.append(here)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(here)
 
 
 @contextlib.contextmanager

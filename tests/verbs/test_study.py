@@ -1,0 +1,119 @@
+"""``vlbench study``: read with care, trained once, one table."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from vlbench.core.errors import UserError
+from vlbench.verbs.study import Study, model_name, read_study, run
+
+MINIMAL: dict[str, Any] = {"title": "t", "arms": [{"recipe": "clip"}, {"recipe": "unicl"}], "tasks": "knn"}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def written(**changes: Any) -> Path:
+    path = Path("recipes.yaml")
+    path.write_text(yaml.safe_dump({**MINIMAL, **changes}))
+    return path
+
+
+def arguments(path: Path) -> argparse.Namespace:
+    return argparse.Namespace(file=str(path), out="out", results="results")
+
+
+def test_study_that_is_not_there_names_the_nearest_file() -> None:
+    written()
+    with pytest.raises(UserError, match=r"there is no file recipe\.yaml; did you mean recipes\.yaml\?"):
+        read_study(Path("recipe.yaml"))
+    with pytest.raises(UserError, match=r"there is no file no/where\.yaml$"):
+        read_study(Path("no/where.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "answer"),
+    [
+        ({"seed": [0]}, "unknown key 'seed'; did you mean 'seeds'"),
+        ({"arms": []}, "arms"),
+        ({"arms": [{"recipe": "clip"}, {"recipe": "clip"}]}, "arm 2 is called 'clip', as arm 1 is; give it a `name`"),
+        ({"arms": [{"recipe": "clip", "name": "a/b"}, {"recipe": "unicl", "name": "a b"}]}, "arm 2 is called 'a b'"),
+        ({"arms": [{"recipe": "clip", "name": "random"}]}, "as the random-weight rows is"),
+        ({"seeds": [0, 1, 0]}, "seeds: expected at least one, and none twice"),
+        ({"seeds": []}, "seeds: expected at least one"),
+        ({"backbones": ["timm:a", "timm:a"]}, "backbones: expected at least one, and none twice"),
+    ],
+)
+def test_study_with_a_mistake_is_refused_when_read(changes: dict[str, Any], answer: str) -> None:
+    with pytest.raises(UserError) as error:
+        read_study(written(**changes))
+    assert str(error.value).startswith("recipes.yaml: ")
+    assert answer in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "answer"),
+    [
+        ({"arms": [{"recipe": "clip"}, {"recipe": "unicle"}]}, "arm unicle: unknown recipe 'unicle'; did you mean"),
+        ({"preset": "tinny"}, "arm clip: recipe clip: unknown preset 'tinny'; did you mean 'tiny'"),
+        ({"arms": [{"recipe": "clip"}, {"recipe": "unicl", "set": ["optim.rl=1"]}]}, "unknown setting 'rl'"),
+    ],
+)
+def test_study_checks_every_arm_before_it_trains_one(changes: dict[str, Any], answer: str) -> None:
+    with pytest.raises(UserError) as error:
+        run(arguments(written(**changes)))
+    assert answer in str(error.value)
+    assert [path.name for path in Path().iterdir()] == ["recipes.yaml"]
+
+
+def test_model_names_have_the_backbone_where_there_are_several() -> None:
+    one = Study.model_validate({**MINIMAL, "backbones": ["timm:resnet18"]})
+    two = Study.model_validate({**MINIMAL, "backbones": ["timm:resnet18", "timm:resnet50"]})
+    assert model_name(one, "clip", "timm:resnet18", 3) == "clip-s3"
+    assert model_name(two, "clip", "timm:resnet18", 3) == "clip-timm-resnet18-s3"
+    assert model_name(one, "clip", None, 0) == "clip-s0"
+
+
+def test_study_trains_measures_and_reuses(capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    for name, low in (("dark", 0), ("light", 120)):
+        (Path("data") / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = rng.integers(low, low + 120, (24, 24, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(Path("data") / name / f"{number}.png")
+    settings = ["steps=2", "batch_size=8", "visual.image_size=32", "workers=0"]
+    changes: dict[str, Any] = {
+        "arms": [
+            {"recipe": "supervised", "data": ["imagefolder:data"]},
+            {"recipe": "clip", "data": ["imagefolder:data"]},
+        ],
+        "eval_data": "imagefolder:data",
+        "seeds": [0],
+        "set": settings,
+    }
+    assert run(arguments(written(**changes))) == 0
+    first = capsys.readouterr().out
+    assert "[study] 2/2 clip-s0" in first
+    board = Path("results/LEADERBOARD.md").read_text()
+    for name in ("supervised-s0", "clip-s0", "random-s0"):
+        assert name in board
+    made = {path: path.stat().st_mtime_ns for path in [*Path("out").rglob("ckpt.pt"), *Path("results").rglob("*.json")]}
+    assert sorted(path.parent.name for path in made if path.name == "ckpt.pt") == ["clip-s0", "supervised-s0"]
+
+    assert run(arguments(written(**changes))) == 0
+    assert capsys.readouterr().err.count("this run is finished (2 steps)") == 2
+    assert all(path.stat().st_mtime_ns == when for path, when in made.items())
+    assert Path("results/LEADERBOARD.md").read_text() == board
+
+    with pytest.raises(UserError, match=r"steps: 2, now 3\)"):
+        run(arguments(written(**{**changes, "set": ["steps=3", *settings[1:]]})))
