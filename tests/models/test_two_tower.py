@@ -89,8 +89,7 @@ def test_two_tower_projection_std_reaches_both_projections(visual):
     weights = make(visual, projection_std=0.02).projections()
     assert len(weights) == 2
     for weight in weights:
-        assert weight.abs().max() <= 0.04 + 1e-6
-        assert weight.std().item() == pytest.approx(0.0176, rel=0.15)  # a normal cut at two deviations
+        assert weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 def test_classifier_logits_and_gradients(batch):

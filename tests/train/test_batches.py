@@ -80,7 +80,7 @@ def png() -> bytes:
 
 def samples(sources: Sequence[Any], *assignments: str) -> list[Any]:
     recipe = RECIPES.get("unicl")
-    config = override(recipe.presets["tiny"], ["visual.image_size=8", *assignments])
+    config = override(recipe.presets["tiny"], ["visual.image_size=8", "templates=auto", *assignments])
     data = Samples(recipe, config, Mixture(sources, None, 0, needs=recipe.needs))
     return [data[position] for position in range(64)]
 

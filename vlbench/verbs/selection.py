@@ -115,14 +115,18 @@ def _shipped(word: str, root: Path) -> Iterable[Choice | Skip]:
 def _choose(card: TaskCard, root: Path, *, named: bool) -> Choice | None:
     """The card on the first of its data that is on this machine."""
     from vlbench.data.sources import is_present
-    from vlbench.data.spec import rebase
+    from vlbench.data.spec import local_path, parse_spec, rebase
 
     for text in card.data:
         spec = rebase(text, root)
         if spec.startswith("hf:") and spec == text:
             continue  # not under the root; a hub data set that happens to have this name is not what the card means
+        parsed = parse_spec(spec)
+        # What plainly is not there is settled before its reader is imported: `vlbench list tasks` asks for every card.
+        if parsed.kind != "shapes" and "{" not in parsed.path and not local_path(parsed).exists():
+            continue
         # The embedded world is made on first use.
-        if spec.partition(":")[0] == "shapes" or is_present(spec):
+        if parsed.kind == "shapes" or is_present(parsed):
             return Choice(card, spec, said=text, named=named)
     return None
 
