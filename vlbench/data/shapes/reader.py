@@ -9,7 +9,7 @@ from vlbench.core.errors import UserError
 from vlbench.core.names import unknown
 from vlbench.core.paths import cache_dir
 from vlbench.core.types import Source
-from vlbench.data.shapes.world import PARTS, VERSION
+from vlbench.data.shapes.world import GROUPS, PARTS, VERSION
 from vlbench.data.shapes.write import write_world
 from vlbench.data.sources import Reader, list_splits, open_source
 from vlbench.data.spec import DataSpec
@@ -37,7 +37,11 @@ def real_spec(spec: DataSpec) -> DataSpec:
         raise UserError(f"data {spec.text!r}: seed must be a whole number, not {seed_text!r}")
     seed = int(seed_text)
     named = spec.options.get("root")
-    root = write_world(Path(named).expanduser() if named else default_root(seed), seed=seed)
+    if named:
+        root = write_world(Path(named).expanduser(), seed=seed)
+    else:
+        group = next(group for group, parts in GROUPS.items() if part in parts)
+        root = write_world(default_root(seed) / group, seed=seed, parts=GROUPS[group])
     kind = _READ_BY.get(part, "wds")
     return replace(spec, kind=kind, path=str(root / part), options={}, text=f"{kind}:{root / part}")
 

@@ -100,6 +100,8 @@ STREAMS: dict[str, Stream] = {
 }
 
 PARTS = ("pairs", "labels", "classes", "seen", "heldout", "retrieval", "coco")
+GROUPS = {"pretrain": ("pairs", "labels"), "measure": ("classes", "seen", "heldout", "retrieval", "coco")}
+"""Parts that are made together on first use: who only trains need not wait for the test sets."""
 
 
 @dataclass(frozen=True, slots=True)

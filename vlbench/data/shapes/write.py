@@ -12,7 +12,7 @@ import json
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,21 @@ from vlbench.core.errors import UserError
 from vlbench.data.shapes.language import captions
 from vlbench.data.shapes.records import Record, make_records
 from vlbench.data.shapes.scene import Scene, sample_scene
-from vlbench.data.shapes.world import CLASS_NAMES, HELD_OUT, SEEN, TEMPLATES, VERSION, Sizes
+from vlbench.data.shapes.world import CLASS_NAMES, HELD_OUT, PARTS, SEEN, TEMPLATES, VERSION, Sizes
 
 MANIFEST = "MANIFEST.json"
 _PER_SHARD = 4000
 _HELD_OUT_NAMES = frozenset(combo.name for combo in HELD_OUT)
 
 
-def write_world(root: Path | str, *, seed: int = 0, sizes: Sizes | None = None, workers: int = 2) -> Path:
+def write_world(
+    root: Path | str,
+    *,
+    seed: int = 0,
+    sizes: Sizes | None = None,
+    workers: int = 2,
+    parts: Collection[str] = PARTS,
+) -> Path:
     """Make the world under ``root`` unless it lies there already, and return ``root``.
 
     It is built beside ``root`` and renamed into place, under a lock: nobody ever sees half a world.
@@ -40,6 +47,7 @@ def write_world(root: Path | str, *, seed: int = 0, sizes: Sizes | None = None, 
         seed: which world.
         sizes: images per part; None takes what a world at ``root`` has, else the default.
         workers: processes to render with; the bytes are the same for any number.
+        parts: which parts to make, of ``world.PARTS``; each is the same whether the others are made or not.
 
     Raises:
         UserError: where ``root`` holds something else.
@@ -51,7 +59,7 @@ def write_world(root: Path | str, *, seed: int = 0, sizes: Sizes | None = None, 
             return root
         building = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".tmp", dir=root.parent))
         try:
-            _write_parts(building, seed, sizes or Sizes(), workers)
+            _write_parts(building, seed, sizes or Sizes(), workers, parts)
             building.chmod(0o755)  # mkdtemp makes private folders
             if root.exists():
                 root.rmdir()
@@ -109,22 +117,28 @@ class _Maker:
         )
 
 
-def _write_parts(root: Path, seed: int, sizes: Sizes, workers: int) -> None:
+def _write_parts(root: Path, seed: int, sizes: Sizes, workers: int, parts: Collection[str]) -> None:
     make = _Maker(seed, sizes.pixels, workers)
-    _write_pairs(root / "pairs", make("pairs", range(sizes.pairs)))
-    _write_labels(root / "labels" / "train", make("labels", range(sizes.labels)))
-    _write_classes(root, make, sizes)
-    chosen = distinct_scenes(seed, sizes.retrieval)
-    _write_benchmark(root / "retrieval", "test", make("retrieval", chosen, detailed=True), _retrieval_files)
-    _write_text(root / "retrieval" / "dataset_type.txt", "retrieval\n")
-    for split, count in (("train", sizes.coco_train), ("val", sizes.coco_val)):
-        _write_coco(root / "coco", split, make(f"coco/{split}", range(count)), sizes.pixels)
+    if "pairs" in parts:
+        _write_pairs(root / "pairs", make("pairs", range(sizes.pairs)))
+    if "labels" in parts:
+        _write_labels(root / "labels" / "train", make("labels", range(sizes.labels)))
+    if "classes" in parts:  # and with it seen and heldout, which are its test images
+        _write_classes(root, make, sizes)
+    if "retrieval" in parts:
+        chosen = distinct_scenes(seed, sizes.retrieval)
+        _write_benchmark(root / "retrieval", "test", make("retrieval", chosen, detailed=True), _retrieval_files)
+        _write_text(root / "retrieval" / "dataset_type.txt", "retrieval\n")
+    if "coco" in parts:
+        for split, count in (("train", sizes.coco_train), ("val", sizes.coco_val)):
+            _write_coco(root / "coco", split, make(f"coco/{split}", range(count)), sizes.pixels)
     files = {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
     manifest = {
         "world": "shapes",
         "version": VERSION,
         "seed": seed,
         "sizes": asdict(sizes),
+        "parts": [part for part in PARTS if part in parts],
         "classes": list(CLASS_NAMES),
         "held_out": sorted(_HELD_OUT_NAMES),
         "files": {name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in files.items()},
