@@ -100,6 +100,35 @@ def test_text_tower_reads_everything_before_the_end_of_text(tower):
     assert not torch.allclose(first_E, second_E, atol=1e-4)
 
 
+def test_text_tower_short_and_long_rows_together_give_what_each_gives_alone(tower):
+    tokens_BL = Tokenizer(SPEC)([*TEXTS[:4], *TEXTS[:2]])
+    assert tokens_BL.shape[1] > 16
+    alone = [tower(Tokenizer(SPEC)([text])) for text in [*TEXTS[:4], *TEXTS[:2]]]
+    torch.testing.assert_close(tower(tokens_BL), torch.cat(alone), rtol=1e-5, atol=1e-6)
+
+
+def test_text_tower_short_and_long_rows_together_give_the_gradient_of_the_whole_batch():
+    torch.manual_seed(1)
+    tower = build_text(TextConfig(width=64, layers=2, heads=4), 24).double()
+    padded_BL = torch.zeros(4, 77, dtype=torch.long)
+    tokens_BL = Tokenizer(SPEC)(TEXTS[:4])
+    padded_BL[:, : tokens_BL.shape[1]] = tokens_BL
+    target_BE = torch.randn(4, 24, dtype=torch.float64)
+
+    def gradients(read):
+        tower.zero_grad()
+        (read() * target_BE).sum().backward()
+        return [parameter.grad.clone() for parameter in tower.parameters()]
+
+    def as_one_batch():
+        net = tower.net
+        x_BLD = net.transformer(net.token_embedding(padded_BL) + net.positional_embedding, attn_mask=net.attn_mask)
+        return net.ln_final(x_BLD[torch.arange(4), padded_BL.argmax(-1)]) @ net.text_projection
+
+    for ours, theirs in zip(gradients(lambda: tower(tokens_BL)), gradients(as_one_batch), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
 def test_text_tower_refuses_heads_that_do_not_divide_the_width():
     with pytest.raises(UserError, match="3 heads"):
         build_text(TextConfig(width=64, heads=3), 8)

@@ -16,9 +16,7 @@ from vlbench.data.transforms import Augment
 from vlbench.models.text import TextConfig
 from vlbench.models.vision import VisualConfig
 from vlbench.recipes.base import (
-    TINY_AUGMENT,
-    TINY_OPTIM,
-    TINY_STEPS,
+    TINY_RUN,
     TINY_TEXT,
     TwoTowerConfig,
     TwoTowerRecipe,
@@ -37,16 +35,10 @@ class ClipConfig(TwoTowerConfig):
 
 # What two CPU cores learn from the embedded world in about a minute; values found on that world, none published.
 TINY = ClipConfig(
+    **TINY_RUN,
     data=("shapes:pairs",),
-    steps=TINY_STEPS,
-    batch_size=64,
-    optim=TINY_OPTIM,
-    schedule=ScheduleConfig(warmup=0.1, final=0.0),
-    visual=VisualConfig(arch="timm:test_resnet", image_size=64),
     text=TINY_TEXT,
     embed_dim=128,
-    augment=TINY_AUGMENT,
-    checkpoint_every=250,
 )
 
 # RN50 of the paper's tables 19 and 20. 59.6% zero-shot on ImageNet [N-CLIP].

@@ -16,7 +16,7 @@ from vlbench.data.transforms import Augment
 from vlbench.models.classifier import Classifier
 from vlbench.models.export import export_visual
 from vlbench.models.vision import VisualConfig
-from vlbench.recipes.base import IMAGENET_MEAN, IMAGENET_STD, TINY_AUGMENT, TINY_OPTIM, TINY_STEPS, BaseRecipe
+from vlbench.recipes.base import IMAGENET_MEAN, IMAGENET_STD, TINY_RUN, BaseRecipe
 from vlbench.train.config import EvalImages, OptimConfig, PretrainConfig, ScheduleConfig
 from vlbench.train.distributed import mean_over_ranks
 from vlbench.train.losses import cross_entropy
@@ -30,14 +30,8 @@ class SupervisedConfig(PretrainConfig):
 
 # What two CPU cores learn from the embedded world in about a minute; values found on that world, none published.
 TINY = SupervisedConfig(
+    **TINY_RUN,
     data=("shapes:labels",),
-    steps=TINY_STEPS,
-    batch_size=64,
-    optim=TINY_OPTIM,
-    schedule=ScheduleConfig(warmup=0.1, final=0.0),
-    visual=VisualConfig(arch="timm:test_resnet", image_size=64),
-    augment=TINY_AUGMENT,
-    checkpoint_every=250,
 )
 
 # torchvision's reference run of ResNet-50 on ImageNet-1k, whose weights (IMAGENET1K_V1) reach 76.13% top-1.

@@ -18,9 +18,7 @@ from vlbench.models.vision import VisualConfig
 from vlbench.recipes.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    TINY_AUGMENT,
-    TINY_OPTIM,
-    TINY_STEPS,
+    TINY_RUN,
     TINY_TEXT,
     TwoTowerConfig,
     TwoTowerRecipe,
@@ -39,19 +37,13 @@ class UniclConfig(TwoTowerConfig):
 
 # What two CPU cores learn from the embedded world in about a minute; values found on that world, none published.
 TINY = UniclConfig(
-    data=("shapes:labels@1", "shapes:pairs@3"),  # where things are, and how large, is said in captions only
+    **TINY_RUN,
+    data=("shapes:labels@1", "shapes:pairs@4"),  # where things are, and how large, is said in captions only
     templates="simple",  # the world's own say "large" or "on a dark background" of images that are not
-    steps=TINY_STEPS,
-    batch_size=64,
-    optim=TINY_OPTIM,
-    schedule=ScheduleConfig(warmup=0.1, final=0.0),
-    visual=VisualConfig(arch="timm:test_resnet", image_size=64),
     text=TINY_TEXT,
     embed_dim=128,
     logit_scale_init=math.log(1 / 0.07),  # CLIP's: a few hundred steps are too short to climb from e
     logit_scale_max=100.0,
-    augment=TINY_AUGMENT,
-    checkpoint_every=250,
 )
 
 # Swin-T on IN-21K and YFCC-14M: 40.5% zero-shot on ImageNet [U:README].

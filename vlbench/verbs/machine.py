@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import resource
 import subprocess
@@ -15,6 +16,9 @@ from vlbench.core.errors import UserError
 
 _PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy", "scipy", "pillow")
 
+# Parameters of mallopt(3), from glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
 
 def choose_device(name: str | None) -> str:
     """``name``, or CUDA where there is one and none was named. Raises UserError for a device that is not there."""
@@ -27,6 +31,20 @@ def choose_device(name: str | None) -> str:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return name
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory that torch frees, for the tensors of the next batch.
+
+    By default glibc maps every large tensor anew and gives it back when it is freed, so that each batch faults in
+    hundreds of megabytes page by page: about a fifth of a small model's training time on a CPU. No number changes.
+    Elsewhere than on glibc nothing is done.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+    mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def describe(device: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vlbench.core.config import difference, override, parse
 from vlbench.core.errors import UserError
 from vlbench.core.names import slug, unknown
+from vlbench.verbs import machine
 
 if TYPE_CHECKING:
     from vlbench.train.config import PretrainConfig
@@ -37,6 +38,7 @@ def pretrain(args: argparse.Namespace) -> Path:
     from vlbench.train import distributed
     from vlbench.train.loop import fit
 
+    machine.keep_freed_memory()
     recipe = _recipe(args)
     with distributed.session(args.device) as device, _claimed(args, recipe.presets[args.preset].seed) as out:
         first = distributed.ranks().first

@@ -32,9 +32,9 @@ class Rendering:
         return [_box(mask) for mask in self.masks_NHW]
 
     def png(self) -> bytes:
-        """The image as PNG, with settings that never change; noise hardly compresses, so little time is spent on it."""
+        """The image as PNG, with settings that never change. Stored, not compressed: noise hardly compresses."""
         buffer = BytesIO()
-        Image.fromarray(self.image_HWC).save(buffer, format="PNG", compress_level=1)
+        Image.fromarray(self.image_HWC).save(buffer, format="PNG", compress_level=0)
         return buffer.getvalue()
 
 

@@ -33,15 +33,23 @@ class Record:
 
 
 def make_records(
-    seed: int, stream: str, indices: Sequence[int], *, pixels: int, detailed: bool = False, workers: int = 1
+    seed: int,
+    stream: str,
+    indices: Sequence[int],
+    *,
+    pixels: int,
+    detailed: bool = False,
+    annotated: bool = True,
+    workers: int = 1,
 ) -> Iterator[Record]:
     """The records of some scenes of a stream, in order.
 
-    ``detailed`` keeps to captions that name a neighbour, as retrieval needs. The records are the same for any number of
-    ``workers``, the processes to render with.
+    ``detailed`` keeps to captions that name a neighbour, as retrieval needs. Without ``annotated`` a record is a
+    picture and its label: a third of the work is saved where nothing else is written. The records are the same for
+    any number of ``workers``, the processes to render with.
     """
     jobs = [
-        (seed, stream, tuple(indices[start : start + _CHUNK]), pixels, detailed)
+        _Job(seed, stream, tuple(indices[start : start + _CHUNK]), pixels, detailed, annotated)
         for start in range(0, len(indices), _CHUNK)
     ]
     context = _fork_context()
@@ -80,19 +88,30 @@ def annotate(scene: Scene, rendering: Rendering, *, detailed: bool = False) -> d
     }
 
 
-def _make(job: tuple[int, str, tuple[int, ...], int, bool]) -> list[Record]:
-    seed, stream, indices, pixels, detailed = job
+@dataclass(frozen=True)
+class _Job:
+    """What one call of a helper process makes."""
+
+    seed: int
+    stream: str
+    indices: tuple[int, ...]
+    pixels: int
+    detailed: bool
+    annotated: bool
+
+
+def _make(job: _Job) -> list[Record]:
     records = []
-    for index in indices:
-        scene = sample_scene(seed, stream, index)
-        rendering = render(scene, size=pixels)
+    for index in job.indices:
+        scene = sample_scene(job.seed, job.stream, index)
+        rendering = render(scene, size=job.pixels)
         records.append(
             Record(
                 index=index,
                 png=rendering.png(),
                 label=CLASS_NAMES.index(scene.main.name),
-                annotations=annotate(scene, rendering, detailed=detailed),
-                segmentations=tuple(rle(mask) for mask in rendering.masks_NHW),
+                annotations=annotate(scene, rendering, detailed=job.detailed) if job.annotated else {},
+                segmentations=tuple(rle(mask) for mask in rendering.masks_NHW) if job.annotated else (),
             )
         )
     return records

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-VERSION = "v1"
+VERSION = "v2"
 """Changes whenever a byte of the written world changes: results on two versions are not comparable."""
 
 Size: TypeAlias = Literal["large", "medium", "small", "tiny"]

@@ -111,10 +111,8 @@ class _Maker:
     pixels: int
     workers: int
 
-    def __call__(self, stream: str, indices: Iterable[int], *, detailed: bool = False) -> Iterator[Record]:
-        return make_records(
-            self.seed, stream, list(indices), pixels=self.pixels, detailed=detailed, workers=self.workers
-        )
+    def __call__(self, stream: str, indices: Iterable[int], **how: bool) -> Iterator[Record]:
+        return make_records(self.seed, stream, list(indices), pixels=self.pixels, workers=self.workers, **how)
 
 
 def _write_parts(root: Path, seed: int, sizes: Sizes, workers: int, parts: Collection[str]) -> None:
@@ -122,7 +120,7 @@ def _write_parts(root: Path, seed: int, sizes: Sizes, workers: int, parts: Colle
     if "pairs" in parts:
         _write_pairs(root / "pairs", make("pairs", range(sizes.pairs)))
     if "labels" in parts:
-        _write_labels(root / "labels" / "train", make("labels", range(sizes.labels)))
+        _write_labels(root / "labels" / "train", make("labels", range(sizes.labels), annotated=False))
     if "classes" in parts:  # and with it seen and heldout, which are its test images
         _write_classes(root, make, sizes)
     if "retrieval" in parts:
