@@ -20,7 +20,7 @@ from vlbench.models.weights import WEIGHT_SUFFIXES, existing_file
 
 FORMS = (
     "a run folder or checkpoint (runs/a, ckpt.pt), a reference model (vlbench list models), "
-    "timm:NAME, open_clip:NAME.TAG, torchvision:NAME, or pkg.mod:build"
+    "timm:NAME, open_clip:NAME.TAG, torchvision:NAME, hf:REPO or hf:FOLDER, or pkg.mod:build"
 )
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # From a reference card, whatever the loader finds out by itself: who made it, and how it is to be measured.
@@ -33,8 +33,8 @@ def load_backbone(
     """The backbone that ``spec`` names.
 
     Args:
-        spec: a run folder or checkpoint file, a reference card's id, ``timm:``, ``open_clip:`` or ``torchvision:``
-            with a name, or ``pkg.mod:build``.
+        spec: a run folder or checkpoint file, a reference card's id, ``timm:``, ``open_clip:``, ``torchvision:`` or
+            ``hf:`` with a name, or ``pkg.mod:build``.
         weights: a local file for that architecture; ``random`` or ``random:SEED`` for a fresh initialisation (seed 0
             where none is given); None for the weights that ``spec`` itself names.
         name: the id under which results are stored, instead of the card's.
@@ -46,6 +46,8 @@ def load_backbone(
     source, seed = _parse_weights(weights)
     target = _device(device)
     loader, ref, card = _resolve(spec)
+    if card is not None and source is None:
+        _check_named(card)
     backbone: Any = LOADERS.get(loader)(ref, weights=source, seed=seed)
     if card is not None:
         backbone.card = _merged(card, backbone.card)
@@ -96,7 +98,7 @@ def _resolve(spec: str) -> tuple[str, str, ModelCard | None]:
     cards = model_cards()
     if spec in cards:
         card = cards[spec]
-        return card.loader, f"{card.arch}.{card.weights}" if card.weights else card.arch, card
+        return card.loader, f"{card.arch}.{card.weights}" if _names_weights(card) else card.arch, card
     if separator:
         guess = nearest(prefix, LOADERS.names())
         if _FUNCTION.fullmatch(spec) and (guess is None or _importable(prefix)):
@@ -108,6 +110,21 @@ def _resolve(spec: str) -> tuple[str, str, ModelCard | None]:
     guess = nearest(spec, cards)
     hint = f"did you mean {guess!r}?" if guess else f"expected {FORMS}"
     raise UserError(f"--model {spec}: neither a file nor a reference model; {hint}")
+
+
+def _names_weights(card: ModelCard) -> bool:
+    return card.weights is not None and "://" not in card.weights
+
+
+def _check_named(card: ModelCard) -> None:
+    """Without a tag a library gives its default weights, and they would go under another recipe's name."""
+    if _names_weights(card) or "." in card.arch or card.loader == "hf":
+        return
+    fetch = f"fetch {card.weights} and " if card.weights else ""
+    raise UserError(
+        f"{card.id}: its weights are not downloaded from here; {fetch}pass them with --weights FILE, in the layout of "
+        f"{card.loader}:{card.arch}; or --weights random for a fresh initialisation"
+    )
 
 
 def _importable(module: str) -> bool:

@@ -1,7 +1,8 @@
 """Reading weights from files that somebody else wrote, without ever running what is in them.
 
-Only tensors and plain containers are read: ``torch.load(weights_only=True)`` and safetensors. Everything that can be
-wrong with a file becomes one line that names it.
+Only tensors and plain containers are read: ``torch.load(weights_only=True)``, safetensors, and the tensors of a
+TorchScript archive. Two classes of settings that lie beside published weights are read as plain mappings, without
+being imported. Everything that can be wrong with a file becomes one line that names it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import struct
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,22 +23,26 @@ from torch import nn
 
 from vlbench.core.errors import UserError
 from vlbench.core.names import nearest
+from vlbench.models.torchscript import is_torchscript, read_torchscript
 
 CHECKPOINT_FORMAT = "vlbench.checkpoint"
 CHECKPOINT_VERSION = 1
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
-_WRAPPERS = ("state_dict", "model", "model_state_dict")  # where training scripts put the weights among other things
+# Where training scripts put the weights among other things; "teacher": DINO.
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "teacher")
 _PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"  # how PyTorch's files begin, since 1.6 and before
+# Settings that training scripts save beside the weights (MAE's and DINO's arguments, Swin's and UniCL's configuration).
+_SETTINGS = ("argparse.Namespace", "yacs.config.CfgNode")
 _FORBIDDEN = re.compile(r"(?:GLOBAL|global) '?([\w.]+)")
 
 
 def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """The state dict in a file, on the CPU.
 
-    It may lie bare in the file or under ``state_dict``, ``model`` or ``model_state_dict``; ``module.`` prefixes
-    are removed.
+    It may lie bare in the file or under ``state_dict``, ``model``, ``model_state_dict`` or ``teacher`` (DINO's
+    average of its student, which is what is published); ``module.`` prefixes are removed.
 
     Raises:
         UserError: for a file that is missing, damaged, would run code, or holds no state dict.
@@ -177,9 +183,12 @@ def _read_torch(path: Path, head: bytes) -> Any:
     if head.startswith(_ZIP) and not zipfile.is_zipfile(path):
         raise UserError(f"{path}: truncated: the end of the archive is missing; copy or download it again")
     try:
+        if head.startswith(_ZIP) and is_torchscript(path):
+            return read_torchscript(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about TorchScript and pickle protocols: what matters is said below
-            return torch.load(path, map_location="cpu", weights_only=True)
+            warnings.simplefilter("ignore")  # about pickle protocols: what matters is said below
+            with torch.serialization.safe_globals([(OrderedDict, name) for name in _SETTINGS]):
+                return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         forbidden = _FORBIDDEN.search(str(error))
         does = f"would call {forbidden[1]}" if forbidden else "could run code"
@@ -188,10 +197,6 @@ def _read_torch(path: Path, head: bytes) -> Any:
             "(save the state dict alone, best as safetensors)"
         ) from None
     except Exception as error:  # torch raises RuntimeError, EOFError, KeyError, struct.error, ... on damaged files
-        if "TorchScript" in str(error):
-            raise UserError(
-                f"{path}: refused: a TorchScript archive, which holds code; save its state_dict() alone"
-            ) from None
         raise UserError(f"{path}: truncated or damaged: {_line(error)}") from None
 
 

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
+
 import open_clip
 import pytest
 import torch
 
 from vlbench.core.errors import UserError
+from vlbench.models.load import load_backbone
 from vlbench.models.loaders import open_clip as loader
 
 TEXTS = ["a red circle", "two blue squares on a white ground"]
@@ -126,3 +129,108 @@ def test_open_clip_leaves_the_root_logger_alone(tiny_open_clip, capsys):
     loader.load("tiny-vit", weights="random")
     assert (list(logging.getLogger().handlers), logging.root.manager.disable) == before
     assert capsys.readouterr().err == ""
+
+
+class Holder(torch.nn.Module):
+    """A module with the tensors of a state dict under their names."""
+
+    def __init__(self, state, **buffers):
+        super().__init__()
+        for name in sorted({key.partition(".")[0] for key in state}):
+            if name in state:
+                self.register_parameter(name, torch.nn.Parameter(state[name], requires_grad=False))
+            else:
+                below = {key.partition(".")[2]: value for key, value in state.items() if key.startswith(f"{name}.")}
+                self.add_module(name, Holder(below))
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["tiny-vit", "tiny-rn"])
+def test_open_clip_reads_openais_own_archives(tiny_open_clip, monkeypatch, tmp_path, name):
+    from open_clip import pretrained
+
+    monkeypatch.setitem(pretrained._PRETRAINED, name, TAGS)
+    torch.manual_seed(7)
+    model = open_clip.create_model(name, force_quick_gelu=True).eval()
+    half = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    sizes = {"input_resolution": 32, "context_length": 77, "vocab_size": 49408}
+    archive = Holder(half, **{key: torch.tensor(value) for key, value in sizes.items()})
+    torch.jit.script(archive).save(tmp_path / "ViT-tiny.pt")
+
+    with pytest.raises(UserError, match=rf"trained with QuickGELU, .* ask for open_clip:{name}\.openai"):
+        loader.load(name, weights=str(tmp_path / "ViT-tiny.pt"))
+    backbone = loader.load(f"{name}.openai", weights=str(tmp_path / "ViT-tiny.pt"))
+    assert {parameter.dtype for parameter in backbone.module.parameters()} == {torch.float32}
+    model.load_state_dict(half)
+    images_BCHW = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        expected_BE = model.encode_image(images_BCHW)
+        text_BE = model.encode_text(open_clip.get_tokenizer(name)(TEXTS))
+    torch.testing.assert_close(backbone.encode_image(images_BCHW).embed_BE, expected_BE, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(backbone.encode_text(TEXTS), text_BE, rtol=1e-5, atol=1e-6)
+
+
+def test_open_clip_recognised_file_says_how_images_are_prepared(saved, monkeypatch, tiny_open_clip, tmp_path):
+    from open_clip import pretrained
+
+    model, _ = saved("tiny-vit")
+    torch.save(model.state_dict(), tmp_path / "b.pt")
+    half = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    tags = {"a": {"url": "https://example.org/a.pt"}, "b": {"url": "https://example.org/b.pt", **half}}
+    monkeypatch.setitem(pretrained._PRETRAINED, "tiny-vit", tags)
+    assert loader.load("tiny-vit", weights=str(tmp_path / "b.pt")).card.preprocess.mean == (0.5, 0.5, 0.5)
+    (tmp_path / "b.pt").rename(tmp_path / "other.pt")
+    with pytest.raises(UserError, match="differ in how images are prepared"):
+        loader.load("tiny-vit", weights=str(tmp_path / "other.pt"))
+
+
+CONFIG = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(3)
+    model = open_clip.CLIP(**CONFIG)
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    settings = {"model_cfg": CONFIG, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3, "resize_mode": "squash"}}
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return folder, model.eval()
+
+
+def test_local_folder_gives_open_clips_own_features_and_its_preprocessing(folder):
+    place, model = folder
+    backbone = load_backbone(f"open_clip:local-dir:{place}")
+    images_BCHW = torch.randn(3, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(backbone.encode_image(images_BCHW).embed_BE, model.encode_image(images_BCHW))
+    assert backbone.card.preprocess.mean == (0.5, 0.5, 0.5)
+    assert backbone.card.preprocess.resize == "squash"
+    assert backbone.card.arch.startswith("mine-")
+
+
+def test_local_folder_reads_the_weights_that_are_named_not_its_own(folder):
+    place, _ = folder
+    own = load_backbone(f"open_clip:local-dir:{place}")
+    assert load_backbone(f"open_clip:local-dir:{place}", weights="random:1").weights_hash != own.weights_hash
+
+
+def test_local_folder_without_weights_or_configuration_says_so(folder, tmp_path):
+    place, _ = folder
+    (place / "open_clip_model.safetensors").unlink()
+    with pytest.raises(UserError, match="has none of"):
+        load_backbone(f"open_clip:local-dir:{place}")
+    with pytest.raises(UserError, match="cannot read its open_clip_config"):
+        load_backbone(f"open_clip:local-dir:{tmp_path}")

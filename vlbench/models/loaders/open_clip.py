@@ -1,5 +1,8 @@
 """``open_clip:CONFIG[.TAG]``: contrastive models of open_clip, image and text tower.
 
+``open_clip:local-dir:DIR`` and ``open_clip:hf-hub:OWNER/NAME`` take a configuration of its own with its weights, as
+open_clip writes them: ``open_clip_config.json`` beside ``open_clip_model.safetensors``.
+
 The tag decides more than the file: activation (OpenAI's weights and others need QuickGELU) and preprocessing differ
 between tags of one configuration, and the wrong ones cost accuracy without an error. So they follow the tag, with
 ``--weights FILE`` too.
@@ -7,6 +10,7 @@ between tags of one configuration, and the wrong ones cost accuracy without an e
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,6 +19,7 @@ import torch
 
 from vlbench.core.cards import ModelCard, Preprocess, TextSpec
 from vlbench.core.errors import UserError
+from vlbench.core.fingerprint import fingerprint
 from vlbench.core.types import Features
 from vlbench.models.backbone import TorchBackbone, count_params
 from vlbench.models.loaders.shared import (
@@ -33,6 +38,8 @@ from vlbench.models.weights import load_strictly, read_weights
 _PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 # What OpenAI's own files hold besides weights: three settings of the model, as tensors.
 _OPENAI_MARKS = frozenset({"input_resolution", "context_length", "vocab_size"})
+_CONFIG_FILE = "open_clip_config.json"
+_WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
 
 def load(ref: str, *, weights: str | None = None, seed: int = 0) -> TorchBackbone:
@@ -44,6 +51,9 @@ def load(ref: str, *, weights: str | None = None, seed: int = 0) -> TorchBackbon
     """
     import open_clip
 
+    kind, _, place = ref.partition(":")
+    if kind in ("local-dir", "hf-hub") and place:
+        return _from_folder(_hub_folder(place) if kind == "hf-hub" else Path(place).expanduser(), weights, seed)
     name, _, tag = ref.partition(".")
     config = open_clip_config(name)
     tags = open_clip.list_pretrained_tags_by_model(name)
@@ -54,13 +64,56 @@ def load(ref: str, *, weights: str | None = None, seed: int = 0) -> TorchBackbon
     tagged = open_clip.get_pretrained_cfg(name, tag) if tag else {}
     quick_gelu = bool(tagged.get("quick_gelu", False) if tag else config.get("quick_gelu", False))
     state = read_weights(weights) if weights not in (None, RANDOM) else None
+    like = tag
     if state is not None:
-        _check_activation(name, tags, Path(str(weights)), state, quick_gelu=quick_gelu)
-    preprocessing = _agreed_preprocessing(name, [tag] if tag else tags, needed=state is not None)
+        recognised = _check_activation(name, Path(str(weights)), state, quick_gelu=quick_gelu)
+        like = tag or (recognised if recognised in tags else "")
+    preprocessing = _agreed_preprocessing(name, [like] if like else tags, needed=state is not None)
     model = _model(name, tag if weights is None else None, quick_gelu=quick_gelu, seed=seed)
     if state is not None:
         load_strictly(model, _adapted(model, state), where=f"{weights} in open_clip:{name}")
     return _backbone(model, name, tag, config, quick_gelu=quick_gelu, preprocessing=preprocessing)
+
+
+def _from_folder(folder: Path, weights: str | None, seed: int) -> TorchBackbone:
+    """A model whose configuration lies beside its weights. ``weights`` come before the folder's own."""
+    try:
+        whole = json.loads((folder / _CONFIG_FILE).read_text("utf-8"))
+        config, preprocessing = whole["model_cfg"], whole.get("preprocess_cfg") or {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"open_clip:local-dir:{folder}: cannot read its {_CONFIG_FILE} ({reason})") from None
+    file = weights or next((str(folder / name) for name in _WEIGHT_FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise UserError(
+            f"open_clip:local-dir:{folder}: has none of {', '.join(_WEIGHT_FILES)}; pass --weights FILE or random"
+        )
+    quick_gelu = bool(config.get("quick_gelu", False))
+    # A folder's name says nothing of what is in it, so the configuration itself is part of the architecture's name.
+    name = f"{folder.resolve().name}-{fingerprint(config)[:8]}"
+    model = _model(f"local-dir:{folder}", None, quick_gelu=quick_gelu, seed=seed)
+    if file != RANDOM:
+        load_strictly(model, _adapted(model, read_weights(file)), where=f"{file} in {folder / _CONFIG_FILE}")
+    known = {key: preprocessing[key] for key in _PREPROCESSING if preprocessing.get(key) is not None}
+    tokenizer = f"local-dir:{folder}"
+    return _backbone(model, name, "", config, quick_gelu=quick_gelu, preprocessing=known, tokenizer=tokenizer)
+
+
+def _hub_folder(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        with hub_offline_without_network():
+            return Path(
+                snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*.model", *_WEIGHT_FILES[:1]])
+            )
+    except Exception as error:  # the hub and requests raise what they like
+        source = f"{_CONFIG_FILE} and {_WEIGHT_FILES[0]} from huggingface.co/{repository}"
+        advice = f"{source} elsewhere, then --model open_clip:local-dir:FOLDER"
+        raise UserError(
+            f"open_clip:hf-hub:{repository}: not on this machine and cannot be downloaded "
+            f"({' '.join(str(error).split())[:120]}); fetch {advice}"
+        ) from None
 
 
 def _only_tag(name: str, tags: list[str]) -> str:
@@ -72,10 +125,12 @@ def _only_tag(name: str, tags: list[str]) -> str:
     raise UserError(f"open_clip:{name}: say which weights: {shown}; or pass --weights FILE or --weights random")
 
 
-def _check_activation(
-    name: str, tags: list[str], path: Path, state: dict[str, torch.Tensor], *, quick_gelu: bool
-) -> None:
-    """Weights trained with one activation run with the other without an error, some points worse: name it."""
+def _check_activation(name: str, path: Path, state: dict[str, torch.Tensor], *, quick_gelu: bool) -> str:
+    """Weights trained with one activation run with the other without an error, some points worse: name it.
+
+    Returns:
+        The tag of the published weights that the file is recognised as, by its name or its marks; else "".
+    """
     import open_clip
 
     base = name.removesuffix("-quickgelu")
@@ -98,6 +153,7 @@ def _check_activation(
             f"if so, ask for open_clip:{base}-quickgelu or name the tag",
             stacklevel=3,
         )
+    return tag
 
 
 def _agreed_preprocessing(name: str, tags: list[str], *, needed: bool) -> dict[str, Any]:
@@ -125,7 +181,12 @@ def _model(name: str, tag: str | None, *, quick_gelu: bool, seed: int) -> Any:
         warnings.filterwarnings("ignore", message="QuickGELU mismatch")  # the activation follows the tag here
         try:
             return open_clip.create_model(
-                name, pretrained=tag, force_quick_gelu=quick_gelu, pretrained_text=False, precision="fp32"
+                name,
+                pretrained=tag,
+                load_weights=tag is not None,
+                force_quick_gelu=quick_gelu,
+                pretrained_text=False,
+                precision="fp32",
             ).eval()
         except Exception as error:  # the hub and transformers raise what they like
             if tag is None:
@@ -133,7 +194,8 @@ def _model(name: str, tag: str | None, *, quick_gelu: bool, seed: int) -> Any:
                 raise UserError(f"open_clip:{name} cannot be built here: {reason}") from None
             config = open_clip.get_pretrained_cfg(name, tag)
             repository = str(config.get("hf_hub", "")).strip("/")
-            source = f"open_clip_model.safetensors from huggingface.co/{repository}" if repository else config["url"]
+            hub = [f"open_clip_model.safetensors from huggingface.co/{repository}"] if repository else []
+            source = " or ".join([*hub, *filter(None, [config.get("url")])])
             raise cannot_fetch(f"open_clip:{name}.{tag}", source, error) from None
 
 
@@ -150,10 +212,17 @@ def _adapted(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def _backbone(
-    model: Any, name: str, tag: str, config: dict[str, Any], *, quick_gelu: bool, preprocessing: dict[str, Any]
+    model: Any,
+    name: str,
+    tag: str,
+    config: dict[str, Any],
+    *,
+    quick_gelu: bool,
+    preprocessing: dict[str, Any],
+    tokenizer: str | None = None,
 ) -> TorchBackbone:
     size = model.visual.image_size
-    text = _text_spec(name, config)
+    text = _text_spec(tokenizer or name, config)
     tower = _tower(model.visual, name, int(config["embed_dim"]))
     model.visual = tower
     # The activation leaves no trace in the weights, so the architecture's name has to carry it.
@@ -170,7 +239,7 @@ def _backbone(
         params=count_params(tower),
     )
     causal = _causal_text(model)
-    tokenizer = Tokenizer(text, trim=causal is not None)
+    read = Tokenizer(text, trim=causal is not None)
 
     def image_fn(images_BCHW: torch.Tensor, *, dense: bool = False) -> Features:
         return tower.features(images_BCHW, dense=dense)
@@ -180,7 +249,7 @@ def _backbone(
             return causal_text_embedding(causal, tokens_BL)
         return model.encode_text(tokens_BL, normalize=False)  # CoCa normalises unless told not to
 
-    return TorchBackbone(card, model, image_fn=image_fn, text_fn=text_fn, tokenizer=tokenizer)
+    return TorchBackbone(card, model, image_fn=image_fn, text_fn=text_fn, tokenizer=read)
 
 
 def _tower(visual: Any, name: str, embed_dim: int) -> VisualTower:

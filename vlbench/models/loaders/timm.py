@@ -8,6 +8,7 @@ from typing import Any
 from vlbench.core.cards import ModelCard, Preprocess
 from vlbench.core.errors import UserError
 from vlbench.models.backbone import TorchBackbone, count_params
+from vlbench.models.layouts import in_names_of
 from vlbench.models.loaders.shared import RANDOM, cannot_fetch, check_tag, hub_offline_without_network, seeded
 from vlbench.models.towers import TimmTower
 from vlbench.models.vision import check_timm_name
@@ -78,5 +79,7 @@ def _network(ref: str, config: Any, *, weights: str | None, seed: int) -> Any:
         net = timm.create_model(ref, pretrained=False, num_classes=0)
     if state is not None:
         heads = (config.classifier,) if isinstance(config.classifier, str) else config.classifier or ()
-        load_strictly(net, state, where=f"{weights} in timm:{ref}", ignore=[f"{head}." for head in heads])
+        ignore = [f"{head}." for head in heads]
+        where = f"{weights} in timm:{ref}"
+        load_strictly(net, in_names_of(net, state, where=where, ignore=ignore), where=where, ignore=ignore)
     return net

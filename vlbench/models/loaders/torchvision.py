@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vlbench.core.cards import ModelCard, Preprocess
 from vlbench.core.errors import UserError
 from vlbench.core.names import unknown
 from vlbench.models.backbone import TorchBackbone, count_params
+from vlbench.models.layouts import in_names_of
 from vlbench.models.loaders.shared import RANDOM, cannot_fetch, check_tag, seeded
 from vlbench.models.towers import TorchvisionTower
 from vlbench.models.weights import load_strictly, read_weights
@@ -41,6 +42,7 @@ def load(ref: str, *, weights: str | None = None, seed: int = 0) -> TorchBackbon
     tower = TorchvisionTower(net, name)
     if state is not None:
         where = f"{weights or entry.name} in torchvision:{name}"
+        state = in_names_of(net, state, where=where, ignore=tower.removed)
         load_strictly(net, state, where=where, ignore=tower.removed)
     used = entry.name if tag or weights is None else None
     card = ModelCard(
@@ -80,11 +82,13 @@ def _settings(name: str, preprocess: Preprocess, *, trained: bool) -> dict[str, 
 def _download(ref: str, entry: Any) -> dict[str, Any]:
     import torch
 
+    place = Path(torch.hub.get_dir(), "checkpoints", PurePosixPath(entry.url).name)
+    if place.is_file():
+        return read_weights(place)
     try:
         # torchvision's own get_state_dict would unpickle without weights_only.
         return torch.hub.load_state_dict_from_url(
             entry.url, map_location="cpu", progress=False, check_hash=True, weights_only=True
         )
     except Exception as error:  # urllib and the hash check raise what they like
-        place = f"{torch.hub.get_dir()}/checkpoints/{PurePosixPath(entry.url).name}"
-        raise cannot_fetch(ref, entry.url, error, place=place) from None
+        raise cannot_fetch(ref, entry.url, error, place=str(place)) from None
