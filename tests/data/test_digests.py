@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import shutil
 
+import numpy as np
 import pytest
 
 from tests.data.making import image_folder, png, write_files, write_tar
@@ -57,3 +59,16 @@ def test_source_fingerprint_does_not_know_the_format(tmp_path):
     folder = open_source(f"imagefolder:{tmp_path}/pics")
     shards = open_source(f"wds:{tmp_path}/w", "test")
     assert source_fingerprint(folder) == source_fingerprint(shards)
+
+
+def test_source_fingerprint_names_the_classes_of_several_labels(tmp_path):
+    def shards(name, classes, labels):
+        buffer = io.BytesIO()
+        np.save(buffer, np.array(labels, dtype=np.float32))
+        write_tar(tmp_path / name / "test/0.tar", {"x.png": png(), "x.npy": buffer.getvalue()})
+        files = {"test/nshards.txt": "1", "classnames.txt": classes, "dataset_type.txt": "multilabel"}
+        write_files(tmp_path / name, files)
+        return source_fingerprint(open_source(f"wds:{tmp_path}/{name}", "test"))
+
+    assert shards("a", "cat\ndog\n", [1, 0]) == shards("b", "dog\ncat\n", [0, 1])
+    assert shards("a", "cat\ndog\n", [1, 0]) != shards("c", "cat\ndog\n", [1, -1])

@@ -7,7 +7,7 @@ import pytest
 
 from vlbench.core.errors import UserError
 from vlbench.core.types import Example
-from vlbench.data.prompting import clean_classname, draw_text, render
+from vlbench.data.prompting import class_names, clean_classname, draw_text, render
 
 
 def test_clean_classname_follows_unicl():
@@ -42,3 +42,34 @@ def test_draw_text_makes_a_prompt_of_the_label():
     only_german = Example(id="x", texts={"de": ("eine Katze",)})
     assert draw_text(only_german, "cat", ["a {}"], rng) == "a cat"
     assert draw_text(Example(id="x"), None, ["a {}"], rng) is None
+
+
+TABLE = ("n02084071\tdog", "n02121808\tcat", "n01503061\tbird")
+
+
+def test_class_names_by_label():
+    assert class_names(("a", "b"), ("x", "y"), where="") == ("a", "b")
+    with pytest.raises(UserError, match="2 class names were given for 3 classes"):
+        class_names(("a", "b"), ("x", "y", "z"), where="")
+
+
+def test_class_names_by_own_name_follow_the_data_s_order_and_subset():
+    assert class_names(TABLE, ("n01503061", "n02084071"), where="") == ("bird", "dog")
+    several = ("0\t00000\tstop", "1\t00001\tgo")
+    assert class_names(several, ("1", "0"), where="") == class_names(several, ("00001", "00000"), where="")
+
+
+def test_class_names_of_data_that_are_named_in_words_stay():
+    assert class_names(TABLE, ("hound", "tabby"), where="") == ("hound", "tabby")
+
+
+@pytest.mark.parametrize("own", [("n02084071", "n99999999"), ("n99999999",), ("0", "1"), ("n02084071", "tabby")])
+def test_class_names_refuse_a_class_that_the_table_lacks(own):
+    with pytest.raises(UserError, match=r"wds:x.*classes are not in the task's table of class names") as caught:
+        class_names(TABLE, own, where="wds:x")
+    assert "\n" not in str(caught.value)
+
+
+def test_class_names_refuse_a_table_that_contradicts_itself():
+    with pytest.raises(UserError, match="'0' stands for both 'a' and 'b'"):
+        class_names(("0\ta", "0\tb"), ("0",), where="")

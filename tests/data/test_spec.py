@@ -58,7 +58,10 @@ def test_parse_spec_proposes_the_kind_of_a_bare_path(tmp_path):
     shards = write_files(tmp_path / "shards", {"00000.tar": b""})
     parquet = write_files(tmp_path / "table", {"data/train.parquet": b""})
     table = write_files(tmp_path, {"list.csv": ""}) / "list.csv"
-    for path, kind in ((folder, "imagefolder"), (shards, "wds"), (parquet, "hf"), (table, "csv")):
+    voc = write_files(tmp_path / "VOCdevkit", {"VOC2007/ImageSets/Main/cat_test.txt": ""})
+    captions = write_files(tmp_path / "flickr30k", {"dataset_flickr30k.json": ""})
+    pairs = [(folder, "imagefolder"), (shards, "wds"), (parquet, "hf"), (table, "csv"), (voc, "voc")]
+    for path, kind in [*pairs, (captions, "karpathy"), (captions / "dataset_flickr30k.json", "karpathy")]:
         with pytest.raises(UserError, match=f"probably {kind}:{path}"):
             parse_spec(str(path))
     with pytest.raises(UserError, match="no such file or folder"):

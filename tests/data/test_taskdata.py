@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tests.data.making import image_folder, png, write_files, write_tar
+from vlbench.core.cards import prompt_lines
 from vlbench.core.errors import BadExample, UserError
 from vlbench.data.digests import image_digests
 from vlbench.data.taskdata import TaskData
@@ -39,6 +40,38 @@ def test_taskdata_reports_val_where_there_is_no_test(tmp_path):
     assert data.notes == ("the data have no test split: val is reported",)
     with pytest.raises(UserError, match="no val split; there is"):
         data.split("val")
+
+
+def test_taskdata_takes_undivided_data_whole_where_the_card_says_all(unsplit, tmp_path):
+    data = TaskData(f"imagefolder:{unsplit}", {"test": "all"})
+    assert len(data.split("test")) == 40
+    assert (data.notes, data.has("train"), data.has("val")) == ((), False, False)
+    only_train = TaskData(f"imagefolder:{image_folder(tmp_path / 'a', splits=('train',))}", {"test": "all"})
+    assert len(only_train.split("test")) == 6
+    divided = TaskData(f"imagefolder:{image_folder(tmp_path / 'b', splits=('train', 'test'))}", {"test": "all"})
+    assert (divided.split("test").split, divided.has("train")) == ("test", True), "shards of it may be divided"
+
+
+def test_taskdata_maps_folder_names_to_class_names(tmp_path):
+    data = TaskData(f"imagefolder:{image_folder(tmp_path)}", classes=("dog\ta hound", "bird\ta bird", "cat\ta tabby"))
+    assert data.classnames == ("a tabby", "a hound")
+
+
+@pytest.mark.parametrize(
+    ("file", "folders", "names"),
+    [
+        ("imagenet_classnames", ("n03126707", "n02012849"), ("crane bird", "construction crane")),
+        ("imagenetv2_classnames", ("517", "134", "2"), ("crane bird", "great white shark", "construction crane")),
+        ("gtsrb_classnames", ("00014", "00001"), ("red and white circle 30 kph speed limit", "stop")),
+        ("country211_classnames", ("DE", "CZ"), ("Czech Republic", "Germany")),
+        ("flowers102_classnames", ("10", "1"), ("pink primrose", "globe thistle")),
+    ],
+)
+def test_taskdata_names_the_classes_of_folders_by_code(tmp_path, file, folders, names):
+    """Folder names sort as text ("134", "2", "517"): by place, ImageNetV2 would have every name wrong."""
+    write_files(tmp_path, {f"{folder}/1.png": png(seed) for seed, folder in enumerate(folders)})
+    data = TaskData(f"imagefolder:{tmp_path}", {"test": "all"}, classes=prompt_lines(file))
+    assert data.classnames == names
 
 
 def test_taskdata_divides_unsplit_data_by_content(unsplit, tmp_path):

@@ -1,14 +1,16 @@
 """Cards: what is measured (``tasks/``) and what it is compared with (``reference_models/``), as YAML.
 
-A task card's name is its path: ``tasks/linear/cifar10.yaml`` is ``linear/cifar10``. Reading is strict: a malformed
-card is an error that names file and key, never a task that silently is not there.
+A task card's name is its path: ``tasks/linear/cifar10.yaml`` is ``linear/cifar10``. What all tasks on one data set
+share is written once, in ``tasks/datasets/<name>.yaml``; a task card that names its ``dataset`` takes from there every
+key that it leaves out. Reading is strict: a malformed card is an error that names file and key, never a task that
+silently is not there.
 """
 
 from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, field_validator
@@ -56,6 +58,9 @@ class Published(Config):
     value: float = Field(description="as a fraction, like every value here")
     source: str = Field(description="where it was read: paper and table, or repository and file")
     note: str = ""
+    comparable: bool = Field(
+        default=True, description="false: printed for another protocol, split or feature; shown beside ours, not judged"
+    )
 
 
 class ModelCard(Config):
@@ -86,16 +91,43 @@ class Prompts(Config):
     templates: str | None = Field(
         default=None, description="file of templates, one a line; None: those beside the data, else the default file"
     )
-    classnames: str | None = Field(default=None, description="file of class names by label; None: the data set's own")
+    classnames: str | None = Field(
+        default=None,
+        description="file of class names: one a line by label, or 'own name<TAB>class name' for data whose own class "
+        "names are folder names or codes; None: the data set's own",
+    )
+
+
+class DatasetCard(Config):
+    """One data set: where it may lie, how big it is, how it is scored. Tasks on it are cards of their own."""
+
+    name: str
+    title: str
+    data: tuple[str, ...] = Field(description="data specs to try in order; relative paths lie under the data root")
+    splits: dict[str, str] = Field(
+        default_factory=dict,
+        description="role (train, val, test) → the data's own split, where they differ; {test: all}: data that are not "
+        "divided are all test",
+    )
+    metric: str | None = Field(default=None, description="the headline of its tasks")
+    chance: float | None = Field(default=None, description="what a model that knows nothing scores")
+    prompts: Prompts = Prompts()
+    how_to_get: str = Field(default="", description="one line for a user who lacks the data")
+    source: str = Field(default="", description="who made it, and where split and metric come from")
+    sizes: dict[Literal["train", "val", "test"], Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict, description="published number of examples by role"
+    )
+    n_classes: int | None = Field(default=None, ge=2)
 
 
 class TaskCard(Config):
-    """What is measured: data, protocol, metric. The fingerprint covers all of it and the prompt files."""
+    """What is measured: data, protocol, metric. The fingerprint covers what moves numbers, prompt files included."""
 
     name: str
     version: int = Field(ge=1, description="raised by every change that moves numbers")
     title: str
     adapter: str
+    dataset: str | None = Field(default=None, description="the data set's card, which gives every key left out here")
     data: tuple[str, ...] = Field(description="data specs to try in order; relative paths lie under the data root")
     splits: dict[str, str] = Field(
         default_factory=dict, description="the adapter's split → the data set's, where they differ"
@@ -112,9 +144,19 @@ class TaskCard(Config):
         """The first part of the name: ``linear`` of ``linear/cifar10``."""
         return self.name.partition("/")[0]
 
+    @property
+    def expected_sizes(self) -> dict[str, int]:
+        """The published number of examples by role (``train``, ``val``, ``test``), where the data set's card has it."""
+        sizes = dataset_cards()[self.dataset].sizes if self.dataset is not None else {}
+        return dict(sizes.items())
+
     def fingerprint(self) -> str:
-        """Changes with anything that can move a number: protocol, metric, splits, data, prompts."""
-        words = self.model_dump(mode="json", exclude={"title", "how_to_get", "source"})
+        """Changes with anything that can move a number: protocol, metric, splits, prompts.
+
+        Where the data may lie is left out: their content has a fingerprint of its own, in every result. So is the name
+        of the data set's card, whose keys are in the task card by now.
+        """
+        words = self.model_dump(mode="json", exclude={"title", "how_to_get", "source", "data", "dataset"})
         for role in ("templates", "classnames"):
             name = getattr(self.prompts, role)
             words["prompts"][role] = list(prompt_lines(name)) if name else None
@@ -135,15 +177,37 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_task_card(path: Path, name: str) -> TaskCard:
-    """The card in ``path`` under ``name``."""
-    return parse(TaskCard, {"name": name, **read_yaml(path)}, where=str(path))
+    """The card in ``path`` under ``name``, with every key that it leaves out from its data set's card."""
+    values = read_yaml(path)
+    dataset = values.get("dataset")
+    if dataset is not None:
+        if not isinstance(dataset, str) or dataset not in dataset_cards():
+            raise UserError(f"{path}: {unknown('dataset', str(dataset), dataset_cards())}")
+        values = _inherited(dataset_cards()[dataset], name) | values
+    return parse(TaskCard, {"name": name, **values}, where=str(path))
+
+
+def _inherited(dataset: DatasetCard, task: str) -> dict[str, Any]:
+    """The keys of a task card that a data set's card can give."""
+    kind = task.partition("/")[0]
+    values = {key: getattr(dataset, key) for key in _INHERITED if getattr(dataset, key) is not None}
+    return values | {"title": f"{dataset.title}, {_KIND_TITLES.get(kind, kind)}"}
+
+
+@cache
+def dataset_cards() -> dict[str, DatasetCard]:
+    """Every data set's card by name."""
+    cards = {}
+    for path in sorted((card_dir("tasks") / "datasets").glob("*.yaml")):
+        cards[path.stem] = parse(DatasetCard, {"name": path.stem, **read_yaml(path)}, where=str(path))
+    return cards
 
 
 @cache
 def task_cards() -> dict[str, TaskCard]:
     """Every shipped task card by name."""
     root = card_dir("tasks")
-    special = {"prompts", "suites"}
+    special = {"datasets", "prompts", "suites"}
     cards = {}
     for path in sorted(root.rglob("*.yaml")):
         relative = path.relative_to(root)
@@ -188,6 +252,18 @@ def prompt_lines(name: str) -> tuple[str, ...]:
     lines = (line.strip() for line in path.read_text(encoding="utf-8").split("\n"))
     return tuple(line for line in lines if line and not line.startswith("#"))
 
+
+_INHERITED = ("data", "splits", "metric", "chance", "prompts", "how_to_get")
+_KIND_TITLES = {
+    "zeroshot": "zero-shot",
+    "linear": "linear probe",
+    "knn": "nearest neighbours",
+    "fewshot": "few-shot linear probe",
+    "elevater": "ELEVATER's linear probe",
+    "svm": "linear SVM",
+    "retrieval": "both directions",
+}
+"""What a kind is called in a title that is made."""
 
 # libyaml's loader where PyYAML was built with it (about eight times faster): ``vlbench list`` reads every card.
 _SAFE_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -28,8 +28,8 @@ if TYPE_CHECKING:  # never at run time: this module must load without torch
 
 RESULT_SCHEMA_VERSION: Final = 1
 
-Part: TypeAlias = Literal["image", "text", "label", "regions"]
-"""What an example may carry."""
+Part: TypeAlias = Literal["image", "text", "label", "labels", "regions"]
+"""What an example may carry. ``labels`` is ``extra["labels"]``: int8 by class, 1 present, 0 absent, -1 not counted."""
 
 Provides: TypeAlias = Literal["pooled", "embed", "tokens", "maps", "text"]
 """What a backbone may offer: see Features; ``text`` means that it can embed texts."""
@@ -211,6 +211,8 @@ class Outcomes:
     together with weights. Fixed weights of one over the class's size give the same number but not the same error: how
     many examples of a class a sample holds would move the metric, so that the spread between classes would count as
     sampling error."""
+    pseudo: bool = False
+    """Jackknife pseudo-values of a metric that is no mean (``stats.ranked``): one alone may lie outside [0, 1]."""
 
 
 class Estimate(Config):

@@ -43,7 +43,7 @@ class CheckReport:
     bad: dict[str, Problem]
     """Kind → problem: entries that cannot be used."""
     missing: dict[str, Problem]
-    """Part (``text``, ``label``) → entries that lack what the source as a whole promises."""
+    """Part (``text``, ``label``, ``labels``) → entries that lack what the source as a whole promises."""
     modes: dict[str, int]
     formats: dict[str, int]
     notes: dict[str, int]
@@ -102,6 +102,11 @@ class _Count:
             self.note(self.missing, "label", example.id)
         if example.label is not None:
             self.classes[example.label] += 1
+        if "labels" in self.source.provides:
+            labels = example.extra.get("labels")
+            if labels is None:
+                self.note(self.missing, "labels", example.id)
+            self.classes.update(label for label, value in enumerate(labels if labels is not None else ()) if value == 1)
         for language, texts in example.texts.items():
             self.languages[language] += len(texts)
             self.lengths += [len(text) for text in texts]

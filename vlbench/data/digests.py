@@ -74,9 +74,16 @@ def example_digest(example: Example, classes: Sequence[str] | None, *, image: st
         "regions": [
             [region.category, list(region.box_xyxy), _plain(region.segmentation)] for region in example.regions
         ],
-        "labels": _plain(example.extra.get("labels")),
+        "labels": _named_labels(example.extra.get("labels"), classes),
     }
     return digest(canonical_json(said).encode("utf-8", "surrogatepass"))
+
+
+def _named_labels(labels: Any, classes: Sequence[str] | None) -> Any:
+    """Multi-label truth as class name → value, so that the order of the classes is no part of it."""
+    if not isinstance(labels, np.ndarray) or classes is None or len(labels) != len(classes):
+        return _plain(labels)
+    return {name: int(value) for name, value in zip(classes, labels, strict=True) if value}
 
 
 def _plain(value: Any) -> Any:

@@ -2,12 +2,51 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
 from vlbench.core.errors import UserError
 from vlbench.core.types import Example
+
+_CODE = re.compile(r"\d+|n\d{8}")
+"""What is a class's number or WordNet code, and no name."""
+
+
+def class_names(lines: Sequence[str], own: Sequence[str], *, where: str) -> tuple[str, ...]:
+    """The class names of a task, by the data's own labels.
+
+    Args:
+        lines: one class name a line by label; or ``own name<TAB>class name``, in any order and for more classes than
+            the data have: then the data's order rules and a subset (ImageNet-A) needs no file of its own. Several own
+            names may stand before the class name.
+        own: the data's own class names by label.
+        where: what to call the data in an error.
+
+    Raises:
+        UserError: for another number of names than classes, or a class that the table lacks. Data whose own names are
+            words and none of which is in the table keep them: they were named by whoever made the shards.
+    """
+    if not any("\t" in line for line in lines):
+        if len(lines) != len(own):
+            raise UserError(f"data {where!r}: {len(lines)} class names were given for {len(own)} classes")
+        return tuple(lines)
+    table: dict[str, str] = {}
+    for line in lines:
+        *keys, name = (cell.strip() for cell in line.split("\t"))
+        for key in keys:
+            if table.setdefault(key, name) != name:
+                raise UserError(f"class names: {key!r} stands for both {table[key]!r} and {name!r}")
+    missing = [name for name in own if name not in table]
+    if len(missing) == len(own) and not any(_CODE.fullmatch(name) for name in own):
+        return tuple(own)
+    if missing:
+        raise UserError(
+            f"data {where!r}: {len(missing)} of {len(own)} classes are not in the task's table of class names, for "
+            f"instance {missing[0]!r}; are these the data that the task means?"
+        )
+    return tuple(table[name] for name in own)
 
 
 def clean_classname(name: str) -> str:

@@ -52,9 +52,10 @@ def parse_spec(text: str) -> DataSpec:
     body, weight = _split_weight(text)
     location, _, query = body.partition("?")
     kind, colon, path = location.partition(":")
-    kinds = READERS.names()
-    if kind not in kinds:
-        raise UserError(_not_a_kind(text, location, kind, kinds))
+    try:
+        READERS.target(kind)
+    except UserError:
+        raise UserError(_not_a_kind(text, location, kind, READERS.names())) from None
     if not path and kind != "shapes":
         raise UserError(f"data {text!r}: say where it lies, as {kind}:PATH")
     return DataSpec(kind=kind, path=path if colon else "", options=_options(text, query), weight=weight, text=text)
@@ -119,6 +120,8 @@ def _not_a_kind(text: str, location: str, kind: str, kinds: list[str]) -> str:
 def _guess_kind(path: Path) -> str:
     """The reader that what lies at ``path`` was probably made for; the image folder where nothing speaks against it."""
     by_suffix = {".tar": "wds", ".csv": "csv", ".tsv": "csv", ".json": "coco", ".parquet": "hf", ".arrow": "hf"}
+    if path.is_file() and path.name.startswith("dataset_") and path.suffix == ".json":
+        return "karpathy"
     if path.is_file():
         return by_suffix.get(path.suffix.lower(), "imagefolder")
     marks = {"dataset_dict.json": "hf", "state.json": "hf", "nshards.txt": "wds", "dataset_type.txt": "wds"}
@@ -128,6 +131,10 @@ def _guess_kind(path: Path) -> str:
                 return marks[entry.name]
             if entry.name.startswith(("instances_", "captions_")) and entry.suffix == ".json":
                 return "coco"
+            if entry.name == "ImageSets":
+                return "voc"
+            if entry.name.startswith("dataset_") and entry.suffix == ".json":
+                return "karpathy"
             if entry.suffix.lower() in {".tar", ".parquet", ".arrow"}:
                 return by_suffix[entry.suffix.lower()]
     return "imagefolder"

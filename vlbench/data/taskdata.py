@@ -5,6 +5,7 @@ The rules, where the data lack what a protocol wants:
 - no ``test``: ``val`` is reported, and is then no longer there to choose hyper-parameters on;
 - no splits at all, or only ``train``: 60% train, 20% val, 20% test, drawn by the content of the images (equal bytes
   always land in one split, so no test image is trained on), in every class alike;
+- the task says that undivided data are all test (``splits: {test: all}``): so they are;
 - no ``val`` to choose on: adapters hold out part of ``train`` themselves.
 
 ``notes`` says in words which of the first two was applied, and warns where the second cannot be honest: a model that
@@ -21,7 +22,8 @@ from vlbench.core.errors import UserError
 from vlbench.core.fingerprint import fingerprint
 from vlbench.core.types import Source
 from vlbench.data.digests import image_digests, source_fingerprint
-from vlbench.data.sources import Subset, canonical_split, list_splits, open_source
+from vlbench.data.prompting import class_names
+from vlbench.data.sources import UNSPLIT, Subset, canonical_split, list_splits, open_source
 from vlbench.data.spec import local_path, parse_spec
 
 _ROLES = ("train", "val", "test")
@@ -34,7 +36,7 @@ class TaskData:
     Args:
         spec: a data spec.
         splits: role → the data's own split, where they differ.
-        classes: class names by label that replace the data's own.
+        classes: class names that replace the data's own: by label, or ``own name<TAB>class name``.
         templates: prompt templates that replace those beside the data.
         pretrained_on: the data specs that the model to be measured was pretrained on.
     """
@@ -87,9 +89,7 @@ class TaskData:
             raise UserError(f"data {self.spec!r}: they have no class labels")
         if self._classes is None:
             return own
-        if len(self._classes) != len(own):
-            raise UserError(f"data {self.spec!r}: {len(self._classes)} class names were given for {len(own)} classes")
-        return self._classes
+        return class_names(self._classes, own, where=self.spec)
 
     @property
     def templates(self) -> tuple[str, ...] | None:
@@ -108,8 +108,12 @@ class TaskData:
         return fingerprint(parts)
 
     def _roles(self, asked: Mapping[str, str]) -> dict[str, str | None]:
-        """Role → the data's split; None for a part of unsplit data."""
+        """Role → the data's split; None for a part of unsplit data, ``all`` for the whole of it."""
         present = list_splits(self.spec)
+        if asked.get("test") == UNSPLIT:
+            if present in ((), ("train",)):
+                return {"test": UNSPLIT}
+            asked = {role: name for role, name in asked.items() if role != "test"}
         for role, name in asked.items():
             if name not in present:
                 has = ", ".join(present) or "no splits"
@@ -135,9 +139,11 @@ class TaskData:
 
     def _open(self, role: str) -> Source:
         name = self._plan[role]
-        if name is not None:
+        if name is not None and name != UNSPLIT:
             return open_source(self.spec, name)
         whole = open_source(self.spec)
+        if name == UNSPLIT:
+            return whole
         if not self._made:
             self._made.update(content_split(whole))
         return Subset(whole, self._made[role], split=role)

@@ -12,7 +12,16 @@ from typing import Any
 import yaml
 
 from vlbench.core import catalog
-from vlbench.core.cards import ModelCard, TaskCard, model_cards, prompt_lines, suites, task_cards
+from vlbench.core.cards import (
+    DatasetCard,
+    ModelCard,
+    TaskCard,
+    dataset_cards,
+    model_cards,
+    prompt_lines,
+    suites,
+    task_cards,
+)
 from vlbench.core.config import Config, difference, flatten
 from vlbench.core.errors import UserError
 from vlbench.core.names import unknown
@@ -24,7 +33,9 @@ def run_list(args: argparse.Namespace) -> int:
     """Print one kind of thing, one a line."""
     match args.what:
         case "tasks":
-            rows = _task_rows(Path(args.data_root) if args.data_root else data_root())
+            rows = _task_rows(_root(args))
+        case "datasets":
+            rows = [_dataset_row(card, _root(args)) for card in dataset_cards().values()]
         case "suites":
             rows = [(name, ", ".join(tasks)) for name, tasks in suites().items()]
         case "models":
@@ -41,10 +52,12 @@ def run_list(args: argparse.Namespace) -> int:
 
 
 def run_show(args: argparse.Namespace) -> int:
-    """Print one recipe, task or model in full."""
+    """Print one recipe, task, data set or model in full."""
     match args.what:
         case "task":
             _show_task(_one("task", args.name, task_cards()))
+        case "dataset":
+            _show_dataset(_one("dataset", args.name, dataset_cards()))
         case "model":
             print(_as_yaml(_one("model", args.name, model_cards())))
         case "recipe":
@@ -58,12 +71,27 @@ def run_show(args: argparse.Namespace) -> int:
 def _task_rows(root: Path) -> list[tuple[str, ...]]:
     from vlbench.verbs.selection import find_data
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
+    there: dict[tuple[str, ...], bool] = {}  # looked for once, not once a task
     for card in task_cards().values():
+        if card.data not in there:
+            there[card.data] = find_data(card, root) is not None
         chance = "" if card.chance is None else f"chance {100 * card.chance:.1f}%"
-        present = "ready" if find_data(card, root) is not None else "no data"
+        present = "ready" if there[card.data] else "no data"
         rows.append((card.name, f"@v{card.version}", card.metric, chance, present, card.title))
     return rows
+
+
+def _dataset_row(card: DatasetCard, root: Path) -> tuple[str, ...]:
+    from vlbench.verbs.selection import find_data
+
+    classes = f"{card.n_classes:,} classes" if card.n_classes else ""
+    sizes = " / ".join(f"{role} {count:,}" for role, count in card.sizes.items())
+    return (card.name, classes, sizes, card.metric or "", find_data(card, root) or "no data", card.title)
+
+
+def _root(args: argparse.Namespace) -> Path:
+    return Path(args.data_root) if args.data_root else data_root()
 
 
 def _model_row(card: ModelCard) -> tuple[str, ...]:
@@ -95,9 +123,20 @@ def _show_task(card: TaskCard) -> None:
     print(f"fingerprint: {card.fingerprint()}")
     print(f"# the {card.adapter} adapter's settings for this task")
     print(_dump({"settings": settings}))
+    _show_prompts(card)
+
+
+def _show_dataset(card: DatasetCard) -> None:
+    print(_as_yaml(card))
+    _show_prompts(card)
+    tasks = [task.name for task in task_cards().values() if task.dataset == card.name]
+    print(f"# {len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}: {', '.join(tasks)}")
+
+
+def _show_prompts(card: TaskCard | DatasetCard) -> None:
     for role, name in (("templates", card.prompts.templates), ("class names", card.prompts.classnames)):
         if name:
-            lines = prompt_lines(name)
+            lines = [" = ".join(line.split("\t")) for line in prompt_lines(name)]
             print(f"# {len(lines)} {role} in prompts/{name}.txt, the first: {'; '.join(lines[:3])}")
 
 

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlbench.core.cards import TaskCard, suites, task_cards
+from vlbench.core.cards import DatasetCard, TaskCard, suites, task_cards
 from vlbench.core.catalog import ADAPTERS
 from vlbench.core.errors import UserError
 from vlbench.core.names import slug, unknown
+
+_SHOWN = 4  # places named where data are absent
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,10 @@ def select(names: str | Sequence[str], *, data: Sequence[str], root: Path) -> Se
     return Selection(tuple(choices.values()), tuple(skip for name, skip in skipped.items() if name not in choices))
 
 
-def find_data(card: TaskCard, root: Path) -> str | None:
+def find_data(card: TaskCard | DatasetCard, root: Path) -> str | None:
     """The first of the card's data that is on this machine, as a data spec, or None. Makes nothing, opens nothing."""
-    choice = _choose(card, root, named=False)
-    return choice.spec if choice else None
+    place = _find(card.data, root)
+    return place[0] if place else None
 
 
 def own_card(kind: str, spec: str) -> TaskCard:
@@ -114,10 +116,16 @@ def _shipped(word: str, root: Path) -> Iterable[Choice | Skip]:
 
 def _choose(card: TaskCard, root: Path, *, named: bool) -> Choice | None:
     """The card on the first of its data that is on this machine."""
+    place = _find(card.data, root)
+    return Choice(card, *place, named=named) if place else None
+
+
+def _find(data: Iterable[str], root: Path) -> tuple[str, str] | None:
+    """The first of some data specs whose data are there: with its place, and as it was written."""
     from vlbench.data.sources import is_present
     from vlbench.data.spec import local_path, parse_spec, rebase
 
-    for text in card.data:
+    for text in data:
         spec = rebase(text, root)
         if spec.startswith("hf:") and spec == text:
             continue  # not under the root; a hub data set that happens to have this name is not what the card means
@@ -127,7 +135,7 @@ def _choose(card: TaskCard, root: Path, *, named: bool) -> Choice | None:
             continue
         # The embedded world is made on first use.
         if parsed.kind == "shapes" or is_present(parsed):
-            return Choice(card, spec, said=text, named=named)
+            return spec, text
     return None
 
 
@@ -157,7 +165,7 @@ def _own(word: str, data: Sequence[str]) -> Iterable[Choice]:
 
 
 def _absent(card: TaskCard, root: Path) -> str:
-    paths = ", ".join(card.data)
+    paths = ", ".join(card.data[:_SHOWN]) + (f" and {len(card.data) - _SHOWN} more" if len(card.data) > _SHOWN else "")
     how = f"; to get it: {card.how_to_get}" if card.how_to_get else ""
     return f"no data under {root} (looked for {paths}){how}; or name the folder with --data-root"
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from tests.data.making import png, write_files
@@ -39,15 +40,36 @@ def test_coco_reads_objects_and_captions(tmp_path):
     assert list_splits(f"coco:{tmp_path}") == ("val",)
     source = open_source(f"coco:{tmp_path}", "val")
     assert source.ids() == ["3", "7"]
-    assert source.provides == {"image", "text", "regions"}
-    assert source.categories == ("dog", "cat")
+    assert source.provides == {"image", "text", "regions", "labels"}
+    assert source.classes == ("cat", "dog"), "by category id, not as listed"
     assert source.labels() is None
     assert source[0].regions == (
         Region("cat", (1.0, 2.0, 4.0, 6.0), MASK, {"iscrowd": 0}),
         Region("dog", (1.0, 2.0, 4.0, 6.0), None, {"iscrowd": 0}),
     )
-    assert (source[0].image, source[0].texts, source[0].extra) == (png(1), {}, {"file_name": "a.png"})
+    assert (source[0].image, source[0].texts, source[0].extra["file_name"]) == (png(1), {}, "a.png")
     assert source[1].texts == {"en": ("one", "two")}
+    assert [source[i].extra["labels"].tolist() for i in (0, 1)] == [[1, 1], [0, 0]]
+    assert source[0].extra["labels"].dtype == np.int8
+
+
+def test_coco_counts_several_objects_and_crowds_as_one_class(tmp_path):
+    coco(tmp_path, annotations=[instance(1), instance(2), instance(3, image_id=7, category_id=18, iscrowd=1)])
+    source = open_source(f"coco:{tmp_path}")
+    assert [source[i].extra["labels"].tolist() for i in (0, 1)] == [[1, 0], [0, 1]]
+
+
+@pytest.mark.parametrize("place", ["annotations/", ""])
+def test_coco_reads_captions_alone(tmp_path, place):
+    texts = {"images": IMAGES, "annotations": [{"id": 1, "image_id": 7, "caption": "one"}]}
+    write_files(
+        tmp_path, {f"{place}captions_val2014.json": json.dumps(texts), "val2014/a.png": png(1), "val2014/b.png": png(2)}
+    )
+    for spec in (f"coco:{tmp_path}", f"coco:{tmp_path}/{place}captions_val2014.json"):
+        source = open_source(spec)
+        assert (source.provides, source.classes) == ({"image", "text"}, None)
+        assert (source[1].image, source[1].texts) == (png(2), {"en": ("one",)})
+        assert source[1].extra == {"file_name": "b.png"}
 
 
 @pytest.mark.parametrize("images", ["val2017", "images/val2017", "val", "images"])

@@ -152,6 +152,14 @@ def test_hf_says_in_one_line_what_cannot_be_read(tmp_path):
         open_source(f"hf:{tmp_path}/words")
 
 
+def test_hf_is_present_where_there_are_tables(tmp_path):
+    write_files(tmp_path, {"shards/train/0.tar": b"x", "data/data/train-0.parquet": b"x", "disk/state.json": "{}"})
+    assert not is_present(f"hf:{tmp_path}/shards")
+    assert is_present(f"hf:{tmp_path}/data")
+    assert is_present(f"hf:{tmp_path}/disk")
+    assert is_present(f"hf:{tmp_path}/data/data/train-0.parquet")
+
+
 def test_hf_leaves_the_progress_bars_as_they_were(tmp_path, capfd):
     from datasets.utils import are_progress_bars_disabled
 

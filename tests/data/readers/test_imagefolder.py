@@ -7,7 +7,7 @@ import pytest
 
 from tests.data.making import image_folder, png, write_files
 from vlbench.core.errors import BadExample, UserError
-from vlbench.data.sources import list_splits, open_source
+from vlbench.data.sources import is_present, list_splits, open_source
 
 
 def test_imagefolder_reads_split_folders(tmp_path):
@@ -92,6 +92,14 @@ def test_imagefolder_raises_bad_examples_one_by_one(tmp_path):
         assert caught.value.where.endswith(f"train/cat/{index}.png")
     assert source[2].image
     assert pickle.loads(pickle.dumps(source))[2] == source[2]
+
+
+def test_imagefolder_is_present_where_class_folders_hold_images(tmp_path):
+    write_files(tmp_path, {"shards/train/0.tar": b"x", "table/data/0.parquet": b"x", "loose/1.png": png()})
+    assert not any(is_present(f"imagefolder:{tmp_path}/{name}") for name in ("shards", "table", "loose", "nowhere"))
+    write_files(tmp_path, {"flat/cat/1.png": png(), "split/val/cat/deep/1.JPEG": png()})
+    assert is_present(f"imagefolder:{tmp_path}/flat")
+    assert is_present(f"imagefolder:{tmp_path}/split")
 
 
 def test_imagefolder_reads_real_photographs(real_data):

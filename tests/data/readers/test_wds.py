@@ -171,20 +171,64 @@ def test_wds_reads_the_benchmark_layout(tmp_path):
     assert source.ids()[5] == "s0000005"
 
 
-def test_wds_reads_multilabel_sets(tmp_path):
-    benchmark(tmp_path, kind="multilabel", splits=("test",), shards=1)
+def npy(values, **options) -> bytes:
     buffer = io.BytesIO()
-    np.save(buffer, np.array([0, 1, 1]))
-    evil = io.BytesIO()
-    np.save(evil, np.array([{}], dtype=object), allow_pickle=True)
-    members = {"x.webp": png(), "x.npy": buffer.getvalue(), "y.webp": png(), "y.npy": evil.getvalue()}
-    write_tar(tmp_path / "test/0.tar", members)
+    np.save(buffer, np.asarray(values), **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int64, np.bool_])
+def test_wds_reads_multilabel_sets(tmp_path, kind):
+    benchmark(tmp_path, kind="multilabel", splits=("test",), shards=1)
+    truth = [0, 1] if kind is np.bool_ else [-1, 1]
+    write_tar(tmp_path / "test/0.tar", {"x.webp": png(), "x.npy": npy(np.array(truth, dtype=kind))})
     source = open_source(f"wds:{tmp_path}")
-    np.testing.assert_array_equal(source[0].extra["labels"], [0, 1, 1])
-    assert source[0].label is None
-    assert source.classes == ("cat", "dog")
-    with pytest.raises(BadExample, match="bad labels"):
-        source[1]
+    assert source.provides == {"image", "labels"}
+    assert (source.classes, source.labels(), source[0].label) == (("cat", "dog"), None, None)
+    assert source[0].extra["labels"].tolist() == truth
+    assert source[0].extra["labels"].dtype == np.int8
+    (tmp_path / "classnames.txt").unlink()
+    assert open_source(f"wds:{tmp_path}").classes == ("0", "1")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (npy(np.array([{}], dtype=object), allow_pickle=True), "cannot be read"),
+        (b"no numpy", "cannot be read"),
+        (npy([0, 1, 1]), "3 labels for 2 classes"),
+        (npy([[0, 1]]), "not one number"),
+        (npy([0, 2]), "not one number"),
+        (npy([0.5, 1]), "not one number"),
+        (npy(["0", "1"]), "not one number"),
+    ],
+)
+def test_wds_names_what_is_no_multilabel_truth(tmp_path, data, message):
+    benchmark(tmp_path, kind="multilabel", splits=("test",), shards=1)
+    write_tar(tmp_path / "test/0.tar", {"x.webp": png(), "x.npy": data})
+    with pytest.raises(BadExample, match=f"bad labels: .*{message}"):
+        open_source(f"wds:{tmp_path}")[0]
+
+
+def test_wds_leaves_numpy_members_of_other_sets_alone(tmp_path):
+    tar = write_tar(tmp_path / "a.tar", {"x.jpg": png(), "x.txt": b"a", "x.npy": npy([[1.5]]), "x.json": b'{"k": 1}'})
+    assert open_source(f"wds:{tar}")[0].extra == {"k": 1}
+
+
+def test_wds_keeps_a_class_with_an_empty_name(tmp_path):
+    """CLIP_benchmark's clevr_closest_object_distance has one: without it every later label would be another class."""
+    benchmark(tmp_path, splits=("test",), shards=1)
+    write_files(tmp_path, {"classnames.txt": "near\n\nfar\n"})
+    assert open_source(f"wds:{tmp_path}").classes == ("near", "", "far")
+    write_files(tmp_path, {"classnames.txt": "near\n\nfar\n\n"})
+    assert open_source(f"wds:{tmp_path}").classes == ("near", "", "far")
+
+
+def test_wds_reads_a_set_with_only_a_test_split_as_the_hub_client_leaves_it(tmp_path):
+    benchmark(tmp_path, splits=("test",), kind="Classification\n")
+    write_files(tmp_path, {"README.md": "x", ".gitattributes": "x", ".cache/huggingface/download/0.tar.metadata": "x"})
+    assert list_splits(f"wds:{tmp_path}") == ("test",)
+    assert len(open_source(f"wds:{tmp_path}", "test")) == 6
 
 
 def test_wds_names_what_the_benchmark_layout_lacks(tmp_path):

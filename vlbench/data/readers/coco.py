@@ -1,6 +1,7 @@
 """COCO's JSON: boxes, masks and categories (``instances_*.json``), captions (``captions_*.json``), or both.
 
 ``coco:DIR`` reads ``DIR/annotations`` or ``DIR`` itself; ``coco:FILE.json`` reads one file without splits.
+Where there are categories, an image's multi-label truth (``extra["labels"]``) is which of them have an object in it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from vlbench.core.errors import BadExample, UserError
 from vlbench.core.names import unknown
@@ -37,17 +40,19 @@ class CocoSource(BaseSource):
         self._objects: defaultdict[Any, list[Mapping[str, Any]]] = defaultdict(list)
         self._captions: defaultdict[Any, list[str]] = defaultdict(list)
         self._dangling: list[BadExample] = []
-        self.categories: tuple[str, ...] = ()
-        """Category names in the order of the file's ids."""
         self._category_names: dict[Any, str] = {}
         for file in files:
             self._read(file)
         self._keys = sorted(self._images, key=lambda key: (isinstance(key, str), key))
         self._ids = [str(key) for key in self._keys] + [f"bad annotation {i}" for i in range(len(self._dangling))]
         parts: set[Part] = {"image"}
-        parts |= {"regions"} if self._objects else set()
+        parts |= {"regions", "labels"} if self._objects else set()
         parts |= {"text"} if self._captions else set()
-        super().__init__(spec.bare, split, provides=parts)
+        # By id, not as listed: train and val must number the classes alike.
+        ids = sorted(self._category_names, key=lambda key: (isinstance(key, str), key))
+        self._class_of = {key: place for place, key in enumerate(ids)}
+        classes = [self._category_names[key] for key in ids]
+        super().__init__(spec.bare, split, provides=parts, classes=classes if self._objects else None)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -57,12 +62,15 @@ class CocoSource(BaseSource):
             raise self._dangling[index - len(self._keys)]
         key = self._keys[index]
         captions = tuple(self._captions.get(key, ()))
+        extra: dict[str, Any] = {"file_name": self._images[key]}
+        if self.classes is not None:
+            extra["labels"] = self._labels_of(key)
         return Example(
             id=self._ids[index],
             image=read_file(f"{self._folder}/{self._images[key]}"),
             texts={"en": captions} if captions else {},
             regions=tuple(self._region(item) for item in self._objects.get(key, ())),
-            extra={"file_name": self._images[key]},
+            extra=extra,
         )
 
     def ids(self) -> Sequence[str]:
@@ -72,6 +80,12 @@ class CocoSource(BaseSource):
     def labels(self) -> Sequence[int | None] | None:
         """None: a COCO image has objects, not one label."""
         return None
+
+    def _labels_of(self, key: Any) -> np.ndarray:
+        """``labels_C`` int8: 1 for every category with an object in the image, a crowd included."""
+        labels_C = np.zeros(len(self._class_of), dtype=np.int8)
+        labels_C[[self._class_of[item["category_id"]] for item in self._objects.get(key, ())]] = 1
+        return labels_C
 
     def _read(self, file: Path) -> None:
         content = _load(file)
@@ -83,7 +97,6 @@ class CocoSource(BaseSource):
             if not isinstance(category, dict) or not {"id", "name"} <= category.keys():
                 raise UserError(f"{file}: a category without 'id' or 'name': {str(category)[:80]}")
             self._category_names[category["id"]] = category["name"]
-        self.categories = tuple(self._category_names.values())
         for item in _list(content, "annotations", file):
             problem = self._problem(item)
             if problem is not None:
@@ -123,7 +136,9 @@ class CocoSource(BaseSource):
 def _open(spec: DataSpec, split: str | None) -> CocoSource:
     path = local_path(spec)
     if split is None:
-        return CocoSource(spec, None, [path], _image_folder(spec, path.parent, ""))
+        match = _FILE.fullmatch(path.name)
+        root = path.parent.parent if path.parent.name == "annotations" else path.parent
+        return CocoSource(spec, None, [path], _image_folder(spec, root, match.group(2) if match else ""))
     files = _annotation_files(spec)
     table = _split_names(files)
     own = table[split]

@@ -332,7 +332,11 @@ def _hub_resolves() -> bool:
 
 
 def _present(spec: DataSpec) -> bool:
-    if local_path(spec).exists():
+    path = local_path(spec)
+    if path.is_dir():  # not searched to the bottom: an image folder of the same name may hold a million files
+        marks = ("state.json", "dataset_dict.json", "*.parquet", "*.arrow", "*/*.parquet", "*/*.arrow")
+        return any(next(path.glob(mark), None) is not None for mark in marks)
+    if path.exists():
         return True
     return (_hub_cache() / spec.path.replace("/", "___")).is_dir()
 

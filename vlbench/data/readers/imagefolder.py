@@ -113,6 +113,22 @@ def _images_under(folder: Path) -> list[str]:
     return sorted(found)
 
 
+def _present(spec: DataSpec) -> bool:
+    """Whether some class folder holds an image: a folder of shards under the same name is no image folder."""
+    root = local_path(spec)
+    if not root.is_dir():
+        return False
+    try:
+        tops = list(_split_folders(root).values()) or [root]
+    except UserError:
+        return True  # opening them says what is wrong
+    return any(_holds_image(top / name) for top in tops for name in _folders(top))
+
+
+def _holds_image(folder: Path) -> bool:
+    return any(name.lower().endswith(_SUFFIXES) for _, _, files in os.walk(folder) for name in files)
+
+
 def _unreadable(error: OSError) -> None:
     # os.walk would leave the folder out in silence.
     raise UserError(f"{error.filename}: cannot be listed: {error.strerror}")
@@ -141,4 +157,5 @@ READER = Reader(
     splits=_splits,
     help="imagefolder:DIR, with DIR/{train,val,test}/CLASS/*.jpg or DIR/CLASS/*.jpg",
     options={},
+    present=_present,
 )

@@ -4,7 +4,7 @@
   given as a tar, a brace pattern (``'cc3m/{00000..00331}.tar'``) or a folder of tars.
 - CLIP_benchmark's, for evaluation: ``DIR/{split}/nshards.txt`` and ``DIR/{split}/N.tar``, with ``classnames.txt``,
   ``zeroshot_classification_templates.txt`` and ``dataset_type.txt`` in ``DIR``; in a retrieval set ``.txt`` holds one
-  caption a line.
+  caption a line, in a multilabel set ``.npy`` holds the labels, one number a class.
 
 A JSON member with ``"captions": {language: [...]}`` gives the texts of every language.
 """
@@ -39,7 +39,7 @@ def _open(spec: DataSpec, split: str | None) -> WdsSource:
         )
     details = Layout(
         kind=_dataset_type(layout.root),
-        classes=_lines(layout.root / "classnames.txt"),
+        classes=_classes(layout.root / "classnames.txt"),
         templates=_templates(layout.root / "zeroshot_classification_templates.txt"),
     )
     source = WdsSource(spec, split, indices, details)
@@ -120,9 +120,18 @@ def _dataset_type(root: Path) -> str:
     lines = _lines(root / "dataset_type.txt")
     if not lines:
         return "classification" if (root / "classnames.txt").is_file() else "pairs"
-    if lines[0] not in _TYPES:
+    kind = lines[0].lower()
+    if kind not in _TYPES:
         raise UserError(f"{root / 'dataset_type.txt'}: {unknown('type of data set', lines[0], _TYPES)}")
-    return lines[0]
+    return kind
+
+
+def _classes(path: Path) -> tuple[str, ...] | None:
+    """Class names by line. An empty line is a class with an empty name (CLEVR's "closest object" has one)."""
+    if not path.is_file():
+        return None
+    text = path.read_text(encoding="utf-8").rstrip()
+    return tuple(line.strip() for line in text.split("\n")) if text else None
 
 
 def _templates(path: Path) -> tuple[str, ...] | None:

@@ -18,7 +18,8 @@ from vlbench.data.readers.tarindex import TarIndex, read_members
 from vlbench.data.sources import BaseSource
 from vlbench.data.spec import DataSpec
 
-_READ = ("cls", "json", "txt", "npy")
+_READ = ("cls", "json", "txt")
+_MULTILABEL = "multilabel"
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,15 @@ class WdsSource(BaseSource):
         self._ids = self._all_ids()
         self._labels: list[int | None] | None = None
         labelled = any(index.has("cls") for index in self._indices)
-        classes = layout.classes if labelled or layout.kind == "multilabel" else None
+        classes = layout.classes if labelled or layout.kind == _MULTILABEL else None
+        self._read = (*_READ, "npy") if layout.kind == _MULTILABEL else _READ
         super().__init__(spec.bare, split, provides=self._parts(labelled), classes=classes, templates=layout.templates)
         if labelled and classes is None:
             # Without classnames.txt the numbers are the names.
             known = [label for label in self.labels() or () if label is not None]
             self.classes = tuple(str(label) for label in range(max(known, default=-1) + 1))
+        if layout.kind == _MULTILABEL and classes is None:
+            self.classes = tuple(str(label) for label in range(self._label_count()))
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -58,7 +62,9 @@ class WdsSource(BaseSource):
         where = f"{tar.path}/{tar.keys[row]}"
         members = tar.members(row)
         image = next((ext for ext in IMAGE_EXTENSIONS if ext in members), None)
-        data = read_members(tar.path, {ext: place for ext, place in members.items() if ext in _READ or ext == image})
+        data = read_members(
+            tar.path, {ext: place for ext, place in members.items() if ext in self._read or ext == image}
+        )
         return Example(
             id=self._ids[index],
             image=not_empty(data[image], where=where) if image is not None else None,
@@ -88,6 +94,8 @@ class WdsSource(BaseSource):
     def _parts(self, labelled: bool) -> set[Part]:
         """What the first readable sample of each tar promises; extensions say the rest."""
         parts: set[Part] = {"label"} if labelled else set()
+        if self._kind == _MULTILABEL and any(tar.has("npy") for tar in self._indices):
+            parts.add("labels")
         for tar in self._indices:
             if any(tar.has(extension) for extension in IMAGE_EXTENSIONS):
                 parts.add("image")
@@ -143,8 +151,18 @@ class WdsSource(BaseSource):
         if not texts and isinstance(record.get("caption"), str):
             texts = _by_language("en", [record["caption"]])
         if "npy" in data:
-            record["labels"] = _array(data["npy"], where)
+            record["labels"] = _multilabel(data["npy"], where, getattr(self, "classes", None))
         return {"texts": texts, "extra": record}
+
+    def _label_count(self) -> int:
+        """The length of the first readable ``.npy``: how many classes there are where no file names them."""
+        for tar in self._indices:
+            for row in range(len(tar)):
+                members = {ext: place for ext, place in tar.members(row).items() if ext == "npy"}
+                with contextlib.suppress(BadExample):  # reading that sample will say so
+                    if members:
+                        return len(_multilabel(read_members(tar.path, members)["npy"], tar.path, None))
+        return 0
 
 
 def _json(data: bytes, where: str) -> dict[str, Any]:
@@ -182,11 +200,20 @@ def _decode(data: bytes, where: str) -> str:
         raise BadExample("bad text", where, f"not UTF-8: {error.reason} at byte {error.start}") from None
 
 
-def _array(data: bytes, where: str) -> np.ndarray:
+def _multilabel(data: bytes, where: str, classes: Sequence[str] | None) -> np.ndarray:
+    """``labels_C`` int8 of a multilabel ``.npy``: 1 present, 0 absent, -1 not counted.
+
+    The published sets store floats of 0 and 1.
+    """
     try:
-        return np.load(io.BytesIO(data), allow_pickle=False)
+        values: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # numpy raises ValueError, EOFError, SyntaxError and others on damaged headers
         raise BadExample("bad labels", where, f"its .npy cannot be read: {error}") from None
+    if values.ndim != 1 or values.dtype.kind not in "bifu" or not np.isin(values, (-1, 0, 1)).all():
+        raise BadExample("bad labels", where, "its .npy is not one number (1, 0 or -1) a class")
+    if classes is not None and len(values) != len(classes):
+        raise BadExample("bad labels", where, f"its .npy has {len(values)} labels for {len(classes)} classes")
+    return values.astype(np.int8)
 
 
 def _distinct_names(paths: Sequence[str]) -> list[str]:

@@ -1,0 +1,227 @@
+"""The shipped reference cards: what each names exists, its images are prepared as its library prepares them, every
+number says where it was read, and the loaders find in the architecture what the card says of it.
+
+Networks are built on the meta device: all their shapes and none of their memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+
+from vlbench.core.cards import ModelCard, Preprocess, model_cards, read_yaml
+from vlbench.core.catalog import LOADERS
+from vlbench.core.errors import UserError
+from vlbench.core.paths import card_dir
+from vlbench.models.backbone import count_params
+from vlbench.models.load import load_backbone
+from vlbench.models.loaders import open_clip as open_clip_loader
+from vlbench.models.loaders.timm import timm_preprocess
+from vlbench.models.loaders.torchvision import torchvision_preprocess
+
+CARDS = model_cards()
+KINDS = {"zeroshot", "linear", "knn", "fewshot", "svm", "elevater", "retrieval"}
+METRICS = {"acc1", "acc5", "mean_per_class_recall", "map11", "map", "roc_auc", "mean_recall"}
+RECALLS = {f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10)}
+KEYS = [
+    "loader",
+    "arch",
+    "weights",
+    "sha256",
+    "recipe",
+    "preprocess",
+    "text",
+    "provides",
+    "feature",
+    "pretrain_data",
+    "images_seen",
+    "params",
+    "licence",
+    "published",
+]
+GENERAL = ("pooled", "trunk output")
+"""What a loader says of a feature where it cannot know more; a card may."""
+HUB_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "kakaobrain/align-base": ("align", {"vision_config": {"image_size": 289, "hidden_dim": 640}}),
+    "facebook/dinov2-small": ("dinov2", {"image_size": 518, "hidden_size": 384, "num_attention_heads": 6}),
+    "facebook/dinov2-base": ("dinov2", {"image_size": 518, "hidden_size": 768, "num_attention_heads": 12}),
+    "facebook/dinov2-large": (
+        "dinov2",
+        {"image_size": 518, "hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 24},
+    ),
+}
+"""What the config.json of each repository says, as far as it is not the family's default."""
+
+
+def of(loader: str) -> list[str]:
+    return sorted(name for name, card in CARDS.items() if card.loader == loader)
+
+
+def tagged(loader: str) -> list[str]:
+    return [name for name in of(loader) if CARDS[name].weights and "://" not in CARDS[name].weights]
+
+
+# ------------------------------------------------------------------------------------------------ as files
+
+
+def test_cards_are_many_and_their_ids_unique() -> None:
+    assert len(CARDS) >= 30
+    assert len(list(card_dir("reference_models").rglob("*.yaml"))) == len(CARDS)
+    assert {card.loader for card in CARDS.values()} <= set(LOADERS.names())
+
+
+@pytest.mark.parametrize("name", sorted(CARDS))
+def test_card_reads_like_the_others(name: str) -> None:
+    path = card_dir("reference_models") / f"{name}.yaml"
+    assert path.read_text(encoding="utf-8").startswith("# "), "the first line names the paper"
+    keys = list(read_yaml(path))
+    assert keys == [key for key in KEYS if key in keys], "the order of the keys"
+
+
+@pytest.mark.parametrize("name", sorted(CARDS))
+def test_published_rows_are_numbers_that_somebody_printed(name: str) -> None:
+    rows = CARDS[name].published
+    assert rows, "a reference model without a published number is no reference"
+    for row in rows:
+        kind, _, data = row.task.partition("/")
+        assert kind in KINDS, row.task
+        assert data.replace("_", "").isalnum(), row.task
+        assert row.metric in METRICS | RECALLS, row.metric
+        assert (kind == "retrieval") == (row.metric in RECALLS | {"mean_recall"}), f"{row.task}: {row.metric}"
+        assert 0 < row.value <= 1, "fractions, not percentages"
+        assert len(row.source) >= 10
+        assert "memory" not in row.source.lower()
+    often = [key for key, n in Counter((row.task, row.metric, row.source) for row in rows).items() if n > 1]
+    assert not often
+
+
+def test_recall_rises_with_k() -> None:
+    for name, card in CARDS.items():
+        found = {(row.source, row.task, row.metric): row.value for row in card.published if row.metric in RECALLS}
+        for (source, task, metric), value in found.items():
+            way, _, k = metric.partition("@")
+            for wider in (5, 10):
+                if wider > int(k) and (source, task, f"{way}@{wider}") in found:
+                    assert value < found[source, task, f"{way}@{wider}"], f"{name}: {task} {metric}"
+
+
+# ----------------------------------------------------------------------------- what the libraries know of it
+
+
+@pytest.mark.parametrize("name", of("open_clip"))
+def test_open_clip_card_is_prepared_as_open_clip_does(name: str) -> None:
+    import open_clip
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+    card = CARDS[name]
+    assert card.weights in open_clip.list_pretrained_tags_by_model(card.arch)
+    own = open_clip.get_pretrained_cfg(card.arch, card.weights)
+    merged = merge_preprocess_dict(asdict(PreprocessCfg()), own)
+    size = open_clip.get_model_config(card.arch)["vision_cfg"]["image_size"]
+    assert card.preprocess == Preprocess(
+        image_size=size,
+        resize=merged["resize_mode"],
+        interpolation=merged["interpolation"],
+        mean=merged["mean"],
+        std=merged["std"],
+    )
+    assert card.arch.endswith("-quickgelu") == bool(own.get("quick_gelu")), "the activation follows the weights"
+    assert (card.sha256 or "") in own.get("url", ""), "OpenAI's addresses hold the checksums of their files"
+
+
+@pytest.mark.parametrize("name", tagged("timm"))
+def test_timm_card_is_prepared_as_timm_does(name: str) -> None:
+    import timm
+
+    card = CARDS[name]
+    ref = f"{card.arch}.{card.weights}"
+    assert ref in timm.list_pretrained(f"{card.arch}.*")
+
+    class Net:
+        pretrained_cfg = timm.get_pretrained_cfg(ref).to_dict()
+
+    assert card.preprocess == timm_preprocess(Net())
+
+
+@pytest.mark.parametrize("name", tagged("torchvision"))
+def test_torchvision_card_is_prepared_as_torchvision_does(name: str) -> None:
+    import torchvision
+
+    card = CARDS[name]
+    assert card.preprocess == torchvision_preprocess(torchvision.models.get_model_weights(card.arch)[card.weights])
+
+
+# ------------------------------------------------------------------------------------ what the loaders find
+
+
+@pytest.fixture(scope="module")
+def found() -> Any:
+    """A function from a card's id to what its loader says of a fresh initialisation."""
+    import open_clip
+
+    known: dict[tuple[str, str, str | None], ModelCard] = {}
+    create = open_clip.create_model
+
+    def find(name: str) -> ModelCard:
+        card = CARDS[name]
+        # Tags of one architecture differ in no shape.
+        key = (card.loader, card.arch, card.weights if card.loader == "torchvision" else None)
+        if key not in known:
+            with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
+                patch.setattr(open_clip, "create_model", lambda *args, **kwargs: create(*args, **kwargs, device="meta"))
+                # SigLIP's tokenizers come from the hub; what is asked here needs none.
+                patch.setattr(open_clip_loader, "Tokenizer", lambda spec, *, trim: lambda texts: None)
+                known[key] = load_backbone(name, weights="random", device="meta").card
+        return known[key]
+
+    return find
+
+
+@pytest.mark.parametrize("name", [*of("open_clip"), *of("timm"), *of("torchvision")])
+def test_card_says_what_its_loader_finds(name: str, found: Any) -> None:
+    card, loaded = CARDS[name], found(name)
+    for field in ("arch", "text", "provides", "params"):
+        assert getattr(loaded, field) == getattr(card, field), field
+    assert loaded.feature == card.feature or loaded.feature in GENERAL
+
+
+@pytest.mark.parametrize("name", of("hf"))
+def test_hub_card_says_what_its_architecture_holds(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    from vlbench.models.hf_towers import FAMILIES
+
+    card = CARDS[name]
+    kind, settings = HUB_CONFIGS[card.arch]
+    family = FAMILIES[kind]
+    with torch.device("meta"):
+        model = getattr(transformers, family.model)(transformers.AutoConfig.for_model(kind, **settings))
+    tower = family.tower(model, card.arch)
+    assert count_params(tower) == card.params
+    assert tower.feature == card.feature
+    assert tower.parts | ({"text"} if family.text else set()) == card.provides
+    assert (card.text is not None) == (family.text is not None)
+
+
+def test_card_without_a_tag_never_stands_for_the_librarys_default_weights(tmp_path: Any) -> None:
+    by_hand = [name for loader in ("timm", "torchvision", "open_clip") for name in of(loader)]
+    by_hand = [name for name in by_hand if name not in tagged(CARDS[name].loader)]
+    assert {"virtex-r50", "unicl-swin-t-in21k-yfcc14m"} <= set(by_hand)
+    for name in by_hand:
+        with pytest.raises(UserError, match=f"{name}: its weights are not downloaded from here; .*--weights FILE"):
+            load_backbone(name)
+
+
+def test_virtex_file_in_the_layout_of_its_own_hub_function_loads(tmp_path: Any) -> None:
+    import torchvision
+
+    net = torchvision.models.resnet50()
+    net.fc = torch.nn.Identity()  # as kdexd/virtex's hubconf.py has it
+    torch.save(net.state_dict(), tmp_path / "backbone.pth")
+    loaded = load_backbone("virtex-r50", weights=str(tmp_path / "backbone.pth"))
+    assert loaded.card.preprocess == CARDS["virtex-r50"].preprocess
+    assert loaded.card.id == "virtex-r50@backbone"
+    assert torch.equal(loaded.module.net.conv1.weight, net.conv1.weight)
