@@ -44,6 +44,10 @@ def test_cli_answers_at_once_and_loads_no_torch(words: list[str]) -> None:
         (["show", "recipe", "unicle"], "'unicl'"),
         (["data", "check", "imagefoldr:x"], "'imagefolder'"),
         (["data", "mke", "shapes", "d"], "'make'"),
+        (["verfy"], "'verify'"),
+        (["verify", "clip-vit-b32-openai"], "'clip-vit-b-32-openai'"),
+        (["explain", "a", "b", "--taks", "x"], "--task"),
+        (["leaderboard", "--htm", "x.html"], "--html"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -26,6 +26,8 @@ examples:
   vlbench eval --model runs/unicl-tiny-s0/ckpt.pt --tasks zeroshot,linear,retrieval
   vlbench eval --model timm:resnet50.a1_in1k --tasks linear,knn --data imagefolder:DIR
   vlbench compare unicl-tiny-s0 clip-tiny-s0           paired tests on the same examples
+  vlbench explain unicl-tiny-s0 clip-tiny-s0           what differs in their settings, before their numbers
+  vlbench verify --all                                 stored results against the numbers that papers printed
   vlbench leaderboard                                  regenerates results/LEADERBOARD.md
 """
 
@@ -61,7 +63,11 @@ def build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     by_name: dict[str, _Parser] = {}
     for name, module, help_text, fill in _VERBS:
         sub = verbs.add_parser(
-            name, help=help_text, description=help_text[0].upper() + help_text[1:] + ".", allow_abbrev=False
+            name,
+            help=help_text,
+            description=help_text[0].upper() + help_text[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         sub.set_defaults(run=module)
         sub.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks")
@@ -179,6 +185,7 @@ def _eval(sub: _Parser) -> None:
     _results(sub)
     sub.add_argument("--batch-size", type=int, default=128, help="images per forward pass (default: 128)")
     sub.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the forward pass")
+    sub.add_argument("--precision-spread", action="store_true", help="measure in bf16 too, and say what that changes")
     sub.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     sub.add_argument("--workers", type=int, default=1, help="image decoding processes (default: 1)")
     sub.add_argument("--force", action="store_true", help="measure again what is already stored")
@@ -190,11 +197,62 @@ def _compare(sub: _Parser) -> None:
     sub.add_argument("b", help="the model to compare it with")
     sub.add_argument("--metric", help="compare on this metric (default: each task's headline metric)")
     _results(sub)
+    sub.epilog = """\
+examples:
+  vlbench compare clip-s0 unicl-s0
+  vlbench compare clip-s0 unicl-s0 --metric mean_per_class_recall
+"""
+
+
+def _explain(sub: _Parser) -> None:
+    sub.add_argument("a", help="a model's name, as in the leaderboard, or a stored result's JSON file")
+    sub.add_argument("b", help="the model or file to set beside it")
+    sub.add_argument("--task", help="this task only, with every metric (default: every task that both have)")
+    _results(sub)
+    sub.epilog = """\
+examples:
+  vlbench explain clip-s0 unicl-s0
+  vlbench explain clip-s0 unicl-s0 --task linear/shapes
+  vlbench explain results/clip-s0/linear/shapes@v1.json ../theirs/clip-s0/linear/shapes@v1.json
+
+A paired test needs the per-example rows: the .parquet file beside each JSON file.
+"""
+
+
+def _verify(sub: _Parser) -> None:
+    sub.add_argument("model", nargs="*", metavar="MODEL", help="reference models (default: those with a stored result)")
+    sub.add_argument("--all", action="store_true", help="every reference model, every published number on its own line")
+    sub.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.005,
+        metavar="FRACTION",
+        help="largest difference that still counts as reproduced (default: 0.005, half a point)",
+    )
+    sub.add_argument("--json", metavar="FILE", help="write the rows here too")
+    _results(sub)
+    sub.epilog = """\
+examples:
+  vlbench verify
+  vlbench verify clip-vit-b-32-openai --tolerance 0.002
+  vlbench verify --all --json published.json
+
+A published number is reproduced where it lies within the tolerance of ours, or else within our 95% interval. Only a
+model's own weights count as an attempt: never random ones, nor others under its name. Exit status: 0 nothing is off;
+1 something is.
+"""
 
 
 def _leaderboard(sub: _Parser) -> None:
     sub.add_argument("--check", action="store_true", help="write nothing; fail where the stored table is stale")
+    sub.add_argument("--html", metavar="FILE", help="write the same tables, sortable, as one HTML file too")
     _results(sub)
+    sub.epilog = """\
+examples:
+  vlbench leaderboard                        writes results/LEADERBOARD.md
+  vlbench leaderboard --html board.html      and the same as one page for a browser
+  vlbench leaderboard --check                for continuous integration: fails where the table is stale
+"""
 
 
 def _study(sub: _Parser) -> None:
@@ -204,12 +262,13 @@ def _study(sub: _Parser) -> None:
 
 
 def _list(sub: _Parser) -> None:
-    sub.add_argument("what", choices=["recipes", "tasks", "suites", "models", "readers", "adapters", "loaders"])
+    things = ["recipes", "tasks", "datasets", "suites", "models", "readers", "adapters", "loaders"]
+    sub.add_argument("what", choices=things)
     sub.add_argument("--data-root", metavar="DIR", help="for tasks: say which data are present")
 
 
 def _show(sub: _Parser) -> None:
-    sub.add_argument("what", choices=["recipe", "task", "model"])
+    sub.add_argument("what", choices=["recipe", "task", "dataset", "model"])
     sub.add_argument("name")
 
 
@@ -237,6 +296,13 @@ _VERBS = (
     ("pretrain", "vlbench.verbs.pretrain:run", "train a backbone under a recipe", _pretrain),
     ("eval", "vlbench.verbs.evaluate:run", "measure a backbone on tasks and store the results", _eval),
     ("compare", "vlbench.verbs.compare:run", "test whether two stored models differ", _compare),
+    (
+        "explain",
+        "vlbench.verbs.explain:run",
+        "show what differs in the settings behind two models' results, then in their numbers",
+        _explain,
+    ),
+    ("verify", "vlbench.verbs.verify:run", "check stored results against published numbers", _verify),
     (
         "leaderboard",
         "vlbench.verbs.leaderboard:run",

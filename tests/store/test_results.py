@@ -14,7 +14,7 @@ import pytest
 from vlbench.core.errors import UserError
 from vlbench.core.types import Result, Rows
 from vlbench.stats.intervals import wilson
-from vlbench.store.results import NO_EXAMPLES, ResultStore, result_schema
+from vlbench.store.results import NO_EXAMPLES, ResultStore, result_in, result_schema, rows_beside
 
 ROOT = Path(__file__).resolve().parents[2]
 SCHEMA = ROOT / "results" / "schema" / "result.v1.json"
@@ -86,6 +86,23 @@ def test_names_become_safe_paths(store: ResultStore) -> None:
     assert path.is_relative_to(store.root)
     assert ".." not in path.relative_to(store.root).parts
     assert store.load("timm:../../etc/x.a1_in1k", "linear/../../up").task == "linear/../../up"
+
+
+def test_a_result_is_read_where_it_lies_alone(store: ResultStore, tmp_path: Path) -> None:
+    saved = store.save(make_result(), make_rows())
+    place = store.path(saved.model.name, saved.task, saved.task_version)
+    alone = tmp_path / "sent.json"
+    alone.write_bytes(place.read_bytes())
+    assert result_in(alone) == store.load(saved.model.name, saved.task)
+    with pytest.raises(UserError, match=r"missing: .* ask for them again"):
+        rows_beside(alone, saved)
+    (tmp_path / saved.examples.file).write_bytes(place.with_name(saved.examples.file).read_bytes())
+    assert list(rows_beside(alone, saved)) == list(make_rows())
+    # A name with folders in it must not lead elsewhere.
+    elsewhere = saved.examples.model_copy(update={"file": f"../{tmp_path.name}/{saved.examples.file}"})
+    assert len(rows_beside(alone, saved.model_copy(update={"examples": elsewhere}))) == len(make_rows())
+    with pytest.raises(UserError, match=r"gone\.json: not a stored result .* ask for it again"):
+        result_in(tmp_path / "gone.json")
 
 
 def test_two_models_of_one_file_name_are_refused(store: ResultStore) -> None:

@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.verbs.toy_adapter import TOYS, store_toy
+from tests.verbs.toy_adapter import ADAPTER, TOYS, store_toy
 from vlbench.core.errors import UserError
 from vlbench.core.types import Rows
+from vlbench.stats.intervals import estimate
 from vlbench.store.results import ResultStore
 from vlbench.verbs.leaderboard import run
 
@@ -23,8 +25,8 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ResultStore:
     return store
 
 
-def call(store: ResultStore, *, check: bool = False) -> int:
-    return run(argparse.Namespace(results=str(store.root), check=check))
+def call(store: ResultStore, *, check: bool = False, html: Path | None = None) -> int:
+    return run(argparse.Namespace(results=str(store.root), check=check, html=None if html is None else str(html)))
 
 
 def test_leaderboard_is_written_and_is_current(store: ResultStore, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,6 +55,30 @@ def test_check_says_missing_and_stale_and_writes_nothing(
     assert capsys.readouterr().err == f"{path}: stale; run: vlbench leaderboard --results {store.root}\n"
     assert path.read_bytes() == before
     call(store)
+    assert call(store, check=True) == 0
+
+
+def test_html_holds_the_same_tables(store: ResultStore, tmp_path: Path) -> None:
+    assert call(store, html=tmp_path / "board.html") == 0
+    text = (tmp_path / "board.html").read_text()
+    assert "<b>75.0</b> [68.6, 80.5] ¹</td>" in text
+    assert "45.0 [38.3, 51.9] ²</td>" in text
+    with pytest.raises(UserError, match="--check writes nothing"):
+        call(store, check=True, html=tmp_path / "board.html")
+
+
+def test_notes_and_settings_stand_under_the_table(store: ResultStore) -> None:
+    rows = Rows({"id": ["i", "j"], "score": np.array([0.0, 1.0], dtype=np.float32)}, {"notes": ["N.B. a leak"]})
+    estimates = {"acc1": estimate(ADAPTER.outcomes(rows, ADAPTER.Config())["acc1"])}
+    result = store.load("a", "linear/x").model_copy(update={"task": "linear/y", "estimates": estimates})
+    store.save(result, rows)
+    store_toy(store, "a", "linear/z", 100, config={"threshold": 0.25})
+    assert call(store) == 0
+    text = (store.root / "LEADERBOARD.md").read_text()
+    assert "- (a) N.B. a leak\n" in text
+    assert "] (a) |" in text
+    assert "- **y: acc1**: `toy` with its default settings, 200 examples. Without a task card." in text
+    assert "- **z: acc1**: `toy` with threshold = 0.25 (default 0.5), 200 examples." in text
     assert call(store, check=True) == 0
 
 

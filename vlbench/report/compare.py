@@ -10,6 +10,7 @@ from vlbench.core.errors import UserError
 from vlbench.core.names import unknown
 from vlbench.core.types import Result
 from vlbench.report.columns import OutcomesOf, Protocol
+from vlbench.report.legend import NOTHING_KNOWN, NotesOf
 from vlbench.report.tables import escape, interval, markdown_table, p_value, percent
 from vlbench.stats.paired import PairedTest, compare_outcomes
 from vlbench.stats.ranking import ALPHA, holm
@@ -47,7 +48,12 @@ class Comparison:
 
 
 def compare_models(
-    a: Sequence[Result], b: Sequence[Result], outcomes_of: OutcomesOf, *, metric: str | None = None
+    a: Sequence[Result],
+    b: Sequence[Result],
+    outcomes_of: OutcomesOf,
+    *,
+    metric: str | None = None,
+    notes_of: NotesOf = NOTHING_KNOWN.notes_of,
 ) -> Comparison:
     """Every task that both models were measured on under one protocol.
 
@@ -56,6 +62,7 @@ def compare_models(
         b: those of the second.
         outcomes_of: per-example outcomes of a result.
         metric: compare on this one; None: each task's headline metric.
+        notes_of: what was noted about the data of a result; said of the tasks that are compared.
 
     Raises:
         UserError: where nothing can be compared, or no task has the metric.
@@ -93,6 +100,8 @@ def compare_models(
         for (mine, theirs, name, test), p in zip(tested, adjusted, strict=True)
     )
     notes += _different_settings([(mine, theirs) for mine, theirs, *_ in tested])
+    for mine, theirs, *_ in tested:
+        notes += _data_notes(mine.task, notes_of(mine), notes_of(theirs))
     return Comparison(name_a, name_b, tasks, tuple(notes))
 
 
@@ -168,3 +177,9 @@ def _different_settings(pairs: Sequence[tuple[Result, Result]]) -> list[str]:
             if left.get(key) != right.get(key):
                 found.setdefault(f"{key}: A {left.get(key)}, B {right.get(key)}", set()).add(mine.task)
     return [f"settings differ: {words} ({', '.join(sorted(tasks))})" for words, tasks in sorted(found.items())]
+
+
+def _data_notes(task: str, a: Sequence[str], b: Sequence[str]) -> list[str]:
+    """What was noted about the data of either result, and of which."""
+    whose = {note: "A and B" if note in a and note in b else "A" if note in a else "B" for note in (*a, *b)}
+    return [f"{task}, {who}: {note}" for note, who in whose.items()]

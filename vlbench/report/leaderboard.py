@@ -1,7 +1,9 @@
-"""The leaderboard: stored results as one Markdown page, the same bytes for the same results.
+"""The leaderboard: stored results as one page, the same bytes for the same results.
 
-One table for each kind of task, models down, tasks across. Rows are ordered by mean rank over the cells that a model
-has, then by mean value, then by name; the order inside one rank says nothing. Missing cells are never filled in.
+One section for each kind of task, models down, tasks across; more than eight tasks of a kind are several tables, one
+under the other, in one order of models. Rows are ordered by mean rank over the cells that a model has in the section,
+then by mean value, then by name; the order inside one rank says nothing. Missing cells are never filled in. Under the
+tables stand the protocol of every column and what was noted about the data of a cell.
 """
 
 from __future__ import annotations
@@ -12,68 +14,100 @@ from itertools import groupby
 
 from vlbench.core.types import Estimate, Result
 from vlbench.report.columns import Column, OutcomesOf, make_columns, row_labels
-from vlbench.report.seeds import seed_table
-from vlbench.report.tables import MISSING, cell, count, escape, markdown_table, percent
+from vlbench.report.legend import NOTHING_KNOWN, PEER_MARK, Background, Footnotes, protocol_line, shows_peer
+from vlbench.report.page import Block, Bullets, Heading, Table, Text, markdown, table_parts
+from vlbench.report.seeds import seed_blocks
+from vlbench.report.tables import MISSING, cell, count, percent
 
 _HEAD = """\
-# Leaderboard
-
 Written by `vlbench leaderboard` from the results beside this file; not to be edited.
 
 `62.1 [60.3, 63.8] ²` is a value with its 95% interval, in percent, and the model's rank on that task: one plus the
 number of models **significantly better** than it (paired test on the same examples, Holm's correction over all pairs
 of the column, 5%). Models that share a rank are tied. Two of different rank need not be separated from each other:
 `vlbench compare A B` tests a pair. A value in bold is significantly better than every other in its column. `–` is not
-measured. Models are ordered by mean rank, then by mean value.
-"""
+measured. Models are ordered by mean rank, then by mean value. A letter in brackets, `(a)`, points to what was noted
+about the data, under the table; a column marked † shows another harness's or paper's own protocol."""
 
 
-def render(results: Sequence[Result], outcomes_of: OutcomesOf, *, problems: Sequence[str] = ()) -> str:
-    """The page.
+def page_of(
+    results: Sequence[Result],
+    outcomes_of: OutcomesOf,
+    *,
+    problems: Sequence[str] = (),
+    background: Background = NOTHING_KNOWN,
+) -> list[Block]:
+    """The page as blocks.
 
     Args:
         results: what is stored, in any order.
         outcomes_of: per-example outcomes of one of them, for the paired tests.
         problems: one line for each stored file that could not be used; shown at the end.
+        background: task cards, adapters' defaults and data notes, for what stands under the tables.
     """
     columns = sorted(make_columns(results, outcomes_of), key=_kind)
-    parts = [_HEAD]
+    blocks: list[Block] = [Heading("Leaderboard", level=1), *(Text(part) for part in _HEAD.split("\n\n"))]
     for kind, group in groupby(columns, key=_kind):
-        parts.append(_section(kind, list(group)))
+        blocks += _section(kind, list(group), background)
     if results:
-        parts.append(_model_section(results))
+        blocks += _model_section(results)
     else:
-        parts.append("No results yet: `vlbench eval --model MODEL --tasks TASKS` stores some.\n")
+        blocks.append(Text("No results yet: `vlbench eval --model MODEL --tasks TASKS` stores some."))
     if problems:
-        lines = "\n".join(f"- {escape(problem)}" for problem in sorted(problems))
-        parts.append(f"## Left out\n\nThese files could not be used:\n\n{lines}\n")
-    return "\n".join(parts)
+        blocks += [Heading("Left out"), Text("These files could not be used:"), Bullets(tuple(sorted(problems)))]
+    return blocks
+
+
+def render(
+    results: Sequence[Result],
+    outcomes_of: OutcomesOf,
+    *,
+    problems: Sequence[str] = (),
+    background: Background = NOTHING_KNOWN,
+) -> str:
+    """The page as Markdown; the arguments are those of ``page_of``."""
+    return markdown(page_of(results, outcomes_of, problems=problems, background=background))
 
 
 def _kind(column: Column) -> str:
     return column.protocol.task.partition("/")[0]
 
 
-def _section(kind: str, columns: list[Column]) -> str:
+def _section(kind: str, columns: list[Column], background: Background) -> list[Block]:
+    notes = Footnotes(columns, background)
     models = {label: result.model for column in columns for label, result in column.results.items()}
-    rows = []
-    for label in sorted(models, key=lambda label: _order(label, columns)):
-        name = f"{label} (random weights)" if models[label].random else label
-        rows.append([name, *(_cell(column, label) for column in columns)])
-    chances = [{result.chance for result in column.results.values()} for column in columns]
-    rows.append(["*chance*", *(_chance(values) for values in chances)])
-    table = markdown_table(["Model", *(column.title for column in columns)], rows)
-    parts = [f"## {kind}", table, _statistics_line(columns)]
-    parts += [f"{escape(c.title)}: not ranked: {escape(c.problem)}" for c in columns if c.problem]
+    order = sorted(models, key=lambda label: _order(label, columns))
+    names = {label: f"{label} (random weights)" if models[label].random else label for label in order}
+    blocks: list[Block] = [Heading(kind)]
+    for part in table_parts(len(columns)):
+        rows = [
+            (names[label], *(_cell(columns[i], label) + notes.at_cell(i, label) for i in part))
+            for label in order
+            if any(label in columns[i].results for i in part)
+        ]
+        titles = (_title(columns[i], background) + notes.at_title(i) for i in part)
+        chances = (_chance({result.chance for result in columns[i].results.values()}) for i in part)
+        blocks.append(Table(("Model", *titles), tuple(rows), foot=(("*chance*", *chances),)))
+    blocks.append(Text(_statistics_line(columns)))
+    blocks += [Text(f"{c.title}: not ranked: {c.problem}") for c in columns if c.problem]
     split = sorted({c.protocol.task for c in columns if sum(c.protocol.task == o.protocol.task for o in columns) > 1})
     if split:
-        parts.append(
-            f"Stored under different data, task cards or settings, hence in columns of their own and never ranked "
-            f"together: {', '.join(map(escape, split))}."
+        blocks.append(
+            Text(
+                "Stored under different data, task cards or settings, hence in columns of their own and never ranked "
+                f"together: {', '.join(split)}."
+            )
         )
-    settings = _precision_line(columns)
-    seeds = seed_table(columns)
-    return "\n\n".join([*parts, *([settings] if settings else []), *([seeds] if seeds else [])]) + "\n"
+    if lines := notes.lines():
+        blocks += [Text("Notes on the data:"), Bullets(lines)]
+    blocks += [Text("What each column shows:"), Bullets(tuple(protocol_line(c, background) for c in columns))]
+    if precision := _precision_line(columns):
+        blocks.append(Text(precision))
+    return blocks + seed_blocks(columns)
+
+
+def _title(column: Column, background: Background) -> str:
+    return f"{column.title} {PEER_MARK}" if shows_peer(column, background) else column.title
 
 
 def _cell(column: Column, label: str) -> str:
@@ -107,7 +141,7 @@ def _statistics_line(columns: Sequence[Column]) -> str:
         by_words.setdefault(words, []).append(column.title)
     if len(by_words) == 1:
         return f"{next(iter(by_words))} a column." if len(columns) > 1 else f"{next(iter(by_words))}."
-    return " ".join(f"{escape(', '.join(titles))}: {words}." for words, titles in by_words.items())
+    return " ".join(f"{', '.join(titles)}: {words}." for words, titles in by_words.items())
 
 
 def _precision_line(columns: Sequence[Column]) -> str | None:
@@ -122,24 +156,24 @@ def _precision_line(columns: Sequence[Column]) -> str | None:
     if len(by_value) == 1:
         return f"Precision of the forward pass: {next(iter(by_value))}."
     said = "; ".join(f"{value} ({', '.join(sorted(labels))})" for value, labels in sorted(by_value.items()))
-    return f"Precision of the forward pass differs: {escape(said)}."
+    return f"Precision of the forward pass differs: {said}."
 
 
-def _model_section(results: Sequence[Result]) -> str:
+def _model_section(results: Sequence[Result]) -> list[Block]:
     labels = row_labels(results)
     by_label: dict[str, list[Result]] = {}
     for result in results:
         by_label.setdefault(labels[result.model.name, result.model.backbone_fingerprint], []).append(result)
-    rows = [_model_row(label, by_label[label]) for label in sorted(by_label)]
-    header = ["Model", "Recipe", "Architecture", "Pretraining data", "Params", "Images seen", "Seed", "Images/s"]
+    rows = tuple(_model_row(label, by_label[label]) for label in sorted(by_label))
+    header = ("Model", "Recipe", "Architecture", "Pretraining data", "Params", "Images seen", "Seed", "Images/s")
     note = (
         "Params are those of the image tower. Images/s is the median over the model's stored runs that encoded images; "
         "`–` where every feature came from the feature store."
     )
-    return f"## Models\n\n{markdown_table(header, rows, left=4)}\n\n{note}\n"
+    return [Heading("Models"), Table(header, rows, left=4), Text(note)]
 
 
-def _model_row(label: str, results: Sequence[Result]) -> list[str]:
+def _model_row(label: str, results: Sequence[Result]) -> tuple[str, ...]:
     model = min(results, key=lambda result: (result.task, result.task_version)).model
     if model.random:
         trained_on = "none (random weights)"
@@ -147,7 +181,7 @@ def _model_row(label: str, results: Sequence[Result]) -> list[str]:
         trained_on = "not disclosed"
     else:
         trained_on = ", ".join(model.pretrain_data)
-    return [
+    return (
         label,
         model.recipe or MISSING,
         model.arch or MISSING,
@@ -156,7 +190,7 @@ def _model_row(label: str, results: Sequence[Result]) -> list[str]:
         MISSING if model.random else count(model.images_seen),
         MISSING if model.seed is None else str(model.seed),
         _speed(results),
-    ]
+    )
 
 
 def _speed(results: Sequence[Result]) -> str:

@@ -7,9 +7,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlbench.core.types import ModelRef, Result
+from vlbench.core.types import ModelRef
 from vlbench.report.columns import Column
-from vlbench.report.tables import MISSING, markdown_table, percent
+from vlbench.report.page import Block, Table, Text, table_parts
+from vlbench.report.tables import MISSING, percent
 
 
 @dataclass(frozen=True)
@@ -48,27 +49,32 @@ def seed_groups(columns: Sequence[Column]) -> tuple[list[SeedGroup], list[str]]:
     return sorted(groups, key=lambda group: (group.name, group.labels)), sorted(ambiguous)
 
 
-def seed_table(columns: Sequence[Column]) -> str | None:
-    """Mean, spread and count over seeds beside what the examples alone leave open; None where nothing has two seeds."""
+def seed_blocks(columns: Sequence[Column]) -> list[Block]:
+    """Mean, spread and count over seeds beside what the examples alone leave open; nothing where no two seeds are."""
     groups, ambiguous = seed_groups(columns)
-    rows = []
-    for group in groups:
-        cells = [_seed_cell([c.results[label] for label in group.labels if label in c.results]) for c in columns]
-        if any(text != MISSING for text in cells):
-            rows.append([group.name, ", ".join(str(seed) for seed in sorted(group.seeds)), *cells])
-    if not rows:
-        return None
-    table = markdown_table(["Over seeds", "Seeds", *(column.title for column in columns)], rows, left=2)
+    tables: list[Block] = []
+    for part in table_parts(len(columns)):
+        rows = []
+        for group in groups:
+            cells = [_seed_cell(columns[i], group) for i in part]
+            if any(text != MISSING for text in cells):
+                rows.append((group.name, ", ".join(str(seed) for seed in sorted(group.seeds)), *cells))
+        if rows:
+            header = ("Over seeds", "Seeds", *(columns[i].title for i in part))
+            tables.append(Table(header, tuple(rows), left=2))
+    if not tables:
+        return []
     note = (
         "Mean over seeds ± standard deviation between seeds (number of seeds); after the semicolon the median "
         "half-width of one seed's 95% interval over examples. The deviation is what another training run changes."
     )
     if ambiguous:
         note += f" Left out, since a seed occurs twice among otherwise equal models: {', '.join(ambiguous)}."
-    return f"{table}\n\n{note}"
+    return [*tables, Text(note)]
 
 
-def _seed_cell(results: Sequence[Result]) -> str:
+def _seed_cell(column: Column, group: SeedGroup) -> str:
+    results = [column.results[label] for label in group.labels if label in column.results]
     if len(results) < 2:
         return MISSING
     estimates = [result.estimates[result.metric] for result in results]

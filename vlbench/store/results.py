@@ -96,22 +96,11 @@ class ResultStore:
 
     def rows(self, result: Result) -> Rows:
         """The per-example rows behind a stored ``result``, checked against its checksum. Raises UserError."""
-        path = _rows_path(self.path(result.model.name, result.task, result.task_version))
+        path = self.path(result.model.name, result.task, result.task_version)
         again = self._redo(result)
-        if result.examples.file != path.name:
-            raise UserError(
-                f"{path.with_suffix('.json')}: its rows are said to be in {result.examples.file!r}; {again}"
-            )
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            raise UserError(f"{path}: missing: the result beside it has lost its rows; {again}") from None
-        if hashlib.sha256(data).hexdigest() != result.examples.sha256:
-            raise UserError(f"{path}: not the rows that the result beside it was made from (checksum); {again}")
-        try:
-            return rows_from_parquet(data)
-        except ValueError as error:
-            raise UserError(f"{path}: {error}; {again}") from None
+        if result.examples.file != _rows_path(path).name:
+            raise UserError(f"{path}: its rows are said to be in {result.examples.file!r}; {again}")
+        return rows_beside(path, result, again=again)
 
     def scan(self) -> Scan:
         """Every stored result, and a line for each file that is damaged."""
@@ -175,19 +164,7 @@ class ResultStore:
     def _read(self, path: Path) -> Result:
         model, _, task = path.relative_to(self.root).as_posix().partition("/")
         again = f"make it again: {_eval(model, task.rpartition('@v')[0])} --results {self.root} --force"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
-        except (ValueError, OSError) as error:
-            raise UserError(f"{path}: not a stored result ({_one_line(error)}); {again}") from None
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: not a stored result (no JSON object); {again}")
-        version = values.get("schema_version")
-        if isinstance(version, int) and version > RESULT_SCHEMA_VERSION:
-            raise UserError(f"{path}: schema version {version} is newer than this vlbench reads; upgrade vlbench")
-        try:
-            result = parse(Result, values, where=str(path))
-        except UserError as error:
-            raise UserError(f"{error}; {again}") from None
+        result = result_in(path, again=again)
         if self.path(result.model.name, result.task, result.task_version) != path:
             raise UserError(
                 f"{path}: holds {result.model.name} on {result.task} v{result.task_version}, which belongs elsewhere;"
@@ -202,6 +179,50 @@ class ResultStore:
         if own:  # the user's own data have no card to be named by
             words += f" --data {shlex.quote(result.data.spec)}"
         return f"make it again: {words} --name {shlex.quote(model.name)} --results {self.root} --force"
+
+
+def result_in(path: Path, *, again: str = "ask for it again where it came from") -> Result:
+    """The stored result in one file, wherever that lies: in a store, or by itself, as somebody else sent it.
+
+    Args:
+        path: the JSON file.
+        again: how to make it again, for the complaint about a damaged one.
+
+    Raises:
+        UserError: where the file is absent, damaged, or of a newer schema.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: not a stored result ({_one_line(error)}); {again}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a stored result (no JSON object); {again}")
+    version = values.get("schema_version")
+    if isinstance(version, int) and version > RESULT_SCHEMA_VERSION:
+        raise UserError(f"{path}: schema version {version} is newer than this vlbench reads; upgrade vlbench")
+    try:
+        return parse(Result, values, where=str(path))
+    except UserError as error:
+        raise UserError(f"{error}; {again}") from None
+
+
+def rows_beside(path: Path, result: Result, *, again: str = "ask for them again where they came from") -> Rows:
+    """The per-example rows of ``result``, which was read from ``path``, checked against its checksum.
+
+    Raises:
+        UserError: where the file beside it is absent, another's, or damaged.
+    """
+    rows_path = path.with_name(Path(result.examples.file).name or _rows_path(path).name)
+    try:
+        data = rows_path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{rows_path}: missing: the result beside it has lost its rows; {again}") from None
+    if hashlib.sha256(data).hexdigest() != result.examples.sha256:
+        raise UserError(f"{rows_path}: not the rows that the result beside it was made from (checksum); {again}")
+    try:
+        return rows_from_parquet(data)
+    except ValueError as error:
+        raise UserError(f"{rows_path}: {error}; {again}") from None
 
 
 def result_schema() -> dict[str, Any]:

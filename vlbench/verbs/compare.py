@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
         print(problem, file=sys.stderr)
     if not all(sides):
         raise UserError("nothing is left to compare: see the damaged files above")
-    print(render_comparison(compare_models(sides[0], sides[1], outcomes_of, metric=args.metric)), end="")
+    found = compare_models(sides[0], sides[1], outcomes_of, metric=args.metric, notes_of=outcomes_of.notes)
+    print(render_comparison(found), end="")
     return 1 if damaged or scan.problems else 0
 
 

@@ -3,28 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from vlbench.core.catalog import ADAPTERS
 from vlbench.core.config import parse
 from vlbench.core.errors import UserError
-from vlbench.core.types import Outcomes, Result
+from vlbench.core.types import Outcomes, Result, Rows
 from vlbench.stats.intervals import mean_of
 from vlbench.store.results import ResultStore
 
 _TOLERANCE = 1e-6
 
 
-def outcomes_from(store: ResultStore) -> Callable[[Result], Mapping[str, Outcomes]]:
-    """A function from a stored result to its outcomes by metric, each result read once."""
-    known: dict[tuple[str, str, int], Mapping[str, Outcomes]] = {}
+class StoredOutcomes:
+    """What the rows behind stored results say; each result's are read once. Raises UserError where they are damaged."""
 
-    def outcomes_of(result: Result) -> Mapping[str, Outcomes]:
+    def __init__(self, store: ResultStore) -> None:
+        self._store = store
+        self._known: dict[tuple[str, str, int], tuple[Mapping[str, Outcomes], Mapping[str, Any]]] = {}
+
+    def __call__(self, result: Result) -> Mapping[str, Outcomes]:
+        """The outcomes by metric."""
+        return self._read(result)[0]
+
+    def meta(self, result: Result) -> Mapping[str, Any]:
+        """What was stored with the rows as a whole: class names, chosen settings, notes."""
+        return self._read(result)[1]
+
+    def notes(self, result: Result) -> tuple[str, ...]:
+        """What was noted about the data when ``result`` was measured."""
+        return tuple(self.meta(result).get("notes", ()))
+
+    def _read(self, result: Result) -> tuple[Mapping[str, Outcomes], Mapping[str, Any]]:
         key = (result.model.name, result.task, result.task_version)
-        if key not in known:
-            known[key] = _read(store, result)
-        return known[key]
+        if key not in self._known:
+            path = self._store.path(*key)
+            rows = self._store.rows(result)
+            self._known[key] = outcomes_of_rows(result, rows, path), rows.meta
+        return self._known[key]
 
-    return outcomes_of
+
+def outcomes_from(store: ResultStore) -> StoredOutcomes:
+    """A function from a stored result to its outcomes by metric, each result read once."""
+    return StoredOutcomes(store)
 
 
 def sound_results(
@@ -42,8 +64,12 @@ def sound_results(
     return sound, problems
 
 
-def _read(store: ResultStore, result: Result) -> Mapping[str, Outcomes]:
-    path = store.path(result.model.name, result.task, result.task_version)
+def outcomes_of_rows(result: Result, rows: Rows, path: Path) -> Mapping[str, Outcomes]:
+    """The outcomes in the ``rows`` of ``result``, which was read from ``path``.
+
+    Raises:
+        UserError: where its adapter is unknown, a column is absent, or the rows say another number than the result.
+    """
     if result.metric not in result.estimates:
         raise UserError(f"{path}: its headline metric {result.metric!r} is not among its estimates; evaluate it again")
     try:
@@ -51,7 +77,6 @@ def _read(store: ResultStore, result: Result) -> Mapping[str, Outcomes]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     config = parse(adapter.Config, result.config, where=str(path))
-    rows = store.rows(result)
     try:
         outcomes: Mapping[str, Outcomes] = adapter.outcomes(rows, config)
     except KeyError as error:
@@ -63,3 +88,9 @@ def _read(store: ResultStore, result: Result) -> Mapping[str, Outcomes]:
                 f"{path}: says {metric} {stored.value:.6f}, but its rows give {mean_of(values):.6f}; evaluate it again"
             )
     return outcomes
+
+
+def adapter_defaults(name: str) -> dict[str, Any]:
+    """The settings of the adapter ``name`` where a task card says nothing."""
+    defaults: dict[str, Any] = ADAPTERS.get(name).Config().model_dump(mode="json")
+    return defaults

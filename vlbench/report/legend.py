@@ -1,0 +1,139 @@
+"""What stands behind a column and a cell: which protocol it shows, and what was noted about the data.
+
+A number without its protocol is half a number, and one with a warning (test images among the training images, say)
+must not be read without it: both stand under the table that shows the number.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, TypeAlias
+
+from vlbench.core.cards import TaskCard
+from vlbench.core.config import flatten
+from vlbench.core.types import Result
+from vlbench.report.columns import Column
+
+PEER_MARK = "†"
+_PEER = re.compile(
+    r"\b[A-Z][\w-]*'s (?:[\w-]+ ){0,3}(?:protocol|probe|SVM|neighbours|evaluation|prompts|settings)\b"
+    r"|\bprotocol of\b|\bas [A-Z]\S* (?:does|reports|evaluates)\b"
+)
+"""How a task card's title says that it shows the protocol of another harness or paper."""
+
+
+NotesOf: TypeAlias = Callable[[Result], Sequence[str]]
+"""The notes on the data that were stored with a result's rows."""
+
+
+def _no_notes(_: Result) -> Sequence[str]:
+    return ()
+
+
+@dataclass(frozen=True)
+class Background:
+    """What is known of stored results beyond themselves."""
+
+    cards: Mapping[str, TaskCard] = field(default_factory=dict)
+    """Today's task cards by name."""
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Adapter → its settings where a card says nothing."""
+    notes_of: NotesOf = _no_notes
+
+
+NOTHING_KNOWN = Background()
+
+
+def shows_peer(column: Column, background: Background) -> bool:
+    """Whether the column's card says in its title that the protocol is another harness's or paper's own."""
+    card = background.cards.get(column.protocol.task)
+    return card is not None and _PEER.search(card.title) is not None
+
+
+def protocol_line(column: Column, background: Background) -> str:
+    """One line: adapter, the settings that differ from its defaults, examples, title and source of the card."""
+    result = next(iter(column.results.values()))
+    words = [f"`{result.adapter}` {_settings(result, background.defaults.get(result.adapter))}"]
+    card = background.cards.get(result.task)
+    is_current = card is not None and (card.version, card.fingerprint()) == (
+        column.protocol.version,
+        column.protocol.card,
+    )
+    if card is not None and is_current:
+        words += [f"prompts/{name}" for name in (card.prompts.templates, card.prompts.classnames) if name]
+    words.append(f"{' or '.join(f'{n:,}' for n in sorted({r.data.n for r in column.results.values()}))} examples")
+    mark = f"{PEER_MARK} " if shows_peer(column, background) else ""
+    line = f"{mark}**{column.title}**: {', '.join(words)}."
+    if card is None:
+        return f"{line} Without a task card."
+    if not is_current:
+        line += f" Measured under an earlier card; today's is v{card.version}:"
+    return f"{line} {card.title}{f' ({card.source})' if card.source else ''}."
+
+
+def _settings(result: Result, defaults: Mapping[str, Any] | None) -> str:
+    if defaults is None:
+        return "with " + ", ".join(f"{key} = {value}" for key, value in sorted(flatten(result.config).items()))
+    mine, theirs = flatten(result.config), flatten(defaults)
+    # A setting that the result does not have is younger than the result, not another choice.
+    changed = [
+        f"{key} = {_said(value)}" + (f" (default {_said(theirs[key])})" if key in theirs else "")
+        for key, value in sorted(mine.items())
+        if key not in theirs or theirs[key] != value
+    ]
+    return "with " + ", ".join(changed) if changed else "with its default settings"
+
+
+def _said(value: Any) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+class Footnotes:
+    """The data notes of one section, each lettered once, at the first cell that it belongs to.
+
+    A note that every result of a column carries is about the data rather than a model: it stands at the column's
+    title.
+    """
+
+    def __init__(self, columns: Sequence[Column], background: Background) -> None:
+        self._letters: dict[str, str] = {}
+        self._of_column: list[list[str]] = []
+        self._of_cell: list[dict[str, list[str]]] = []
+        letters = _letters()
+        for column in columns:
+            by_label = {label: list(background.notes_of(result)) for label, result in column.results.items()}
+            lists = list(by_label.values())
+            shared = [note for note in lists[0] if len(lists) > 1 and all(note in others for others in lists)]
+            self._of_column.append(shared)
+            self._of_cell.append({k: [note for note in notes if note not in shared] for k, notes in by_label.items()})
+            for note in (*shared, *(note for notes in self._of_cell[-1].values() for note in notes)):
+                if note not in self._letters:
+                    self._letters[note] = next(letters)
+
+    def at_title(self, column: int) -> str:
+        """`` (a)`` for the notes of a whole column, or nothing."""
+        return self._marks(self._of_column[column])
+
+    def at_cell(self, column: int, label: str) -> str:
+        """`` (b, c)`` for the notes of one model in that column, or nothing."""
+        return self._marks(self._of_cell[column].get(label, []))
+
+    def lines(self) -> tuple[str, ...]:
+        """Every note with its letter."""
+        return tuple(f"({letter}) {note}" for note, letter in self._letters.items())
+
+    def _marks(self, notes: Sequence[str]) -> str:
+        return f" ({', '.join(self._letters[note] for note in notes)})" if notes else ""
+
+
+def _letters() -> Iterator[str]:
+    """Letters without end: a, b, … z, aa, ab and so on."""
+    for number in count(1):
+        word = ""
+        while number:
+            number, place = divmod(number - 1, 26)
+            word = chr(ord("a") + place) + word
+        yield word

@@ -1,0 +1,230 @@
+"""Published numbers beside stored ones: reproduced, off by so much, or not attempted.
+
+A published number is an attempt at a model's own weights. So a stored result counts only where it was made with the
+weights that the reference card names: never with random ones, nor with others that were given the card's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from decimal import Decimal
+from typing import Any, Literal, TypeAlias, get_args
+
+from tabulate import tabulate
+
+from vlbench.core.cards import ModelCard, Published, TaskCard
+from vlbench.core.types import Estimate, Result
+from vlbench.report.tables import MISSING, count, interval, percent
+
+TOLERANCE = 0.005
+"""Half a point: what resizing in another library or another rounding of the prompts' mean is known to move."""
+_FEWEST_DECIMALS = 3
+"""Papers print a tenth of a point; a value's closing zeros (0.800) do not survive YAML."""
+_ROUNDING = 1e-9
+
+Status: TypeAlias = Literal["reproduced", "off", "other protocol", "metric missing", "refused", "not attempted"]
+"""Other protocol: the card says that the number was printed for another one, so that ours is not judged by it.
+Refused: something is stored under the model's name and is no attempt at its number."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One published number and what is stored about it."""
+
+    model: str
+    task: str
+    metric: str
+    published: float
+    source: str
+    note: str
+    status: Status
+    rule: str = ""
+    """Why it counts as reproduced: ``tolerance`` or ``interval``; why it was refused or not attempted, in words."""
+    ours: float | None = None
+    lo: float | None = None
+    hi: float | None = None
+    n: int | None = None
+    off_by: float | None = None
+    """Ours, rounded as the published value is, minus the published value."""
+    remarks: tuple[str, ...] = ()
+    """What was not as it should be in a comparison: the task's version, the precision, several weights."""
+
+    def words(self) -> str:
+        """The verdict in one phrase."""
+        match self.status:
+            case "reproduced":
+                return "reproduced (inside our interval)" if self.rule == "interval" else "reproduced"
+            case "off":
+                return f"off by {percent(self.off_by or 0.0, signed=True)} points (interval {self.interval()})"
+            case "other protocol":
+                return f"other protocol, not judged ({percent(self.off_by or 0.0, signed=True)} points)"
+            case _:
+                return f"{self.status}: {self.rule}" if self.rule else self.status
+
+    def interval(self) -> str:
+        """Our 95% interval, or a dash."""
+        return MISSING if self.lo is None or self.hi is None else interval(self.lo, self.hi)
+
+
+def verify(
+    cards: Sequence[ModelCard],
+    results: Sequence[Result],
+    tasks: Mapping[str, TaskCard],
+    *,
+    tolerance: float = TOLERANCE,
+) -> list[Verdict]:
+    """A verdict on every published number of ``cards``, in their order.
+
+    Args:
+        cards: reference models; several rows about one number (a paper's and a re-evaluation's) are judged each.
+        results: everything stored; what belongs to other models is passed over.
+        tasks: today's task cards by name, for the version that a result should have.
+        tolerance: as a fraction. A value is reproduced where ours, rounded to the digits that were printed (a tenth of
+            a point at least), differs by no more, or else where it lies within our 95% interval.
+    """
+    verdicts = []
+    for card in cards:
+        own = [result for result in results if is_named_after(card, result)]
+        verdicts += [_verdict(card, row, own, tasks, tolerance) for row in card.published]
+    return verdicts
+
+
+def is_named_after(card: ModelCard, result: Result) -> bool:
+    """Whether ``result`` bears the card's name, or that of another file in its architecture (``<id>@<file>``)."""
+    return result.model.name == card.id or result.model.name.startswith(f"{card.id}@")
+
+
+def why_not_the_cards(card: ModelCard, result: Result) -> str | None:
+    """Why ``result`` was not made with the weights of ``card``, or None where it was, for all that is known.
+
+    The weights are the card's where it was asked for by its id or by its loader's name for the same weights. A local
+    file (``--weights FILE``) is believed where the card has a checksum: for any other file, the loader takes back what
+    the card says about training.
+    """
+    if result.model.random:
+        return "random weights"
+    if result.model.name != card.id:
+        return f"{result.model.name} is another file than the card's"
+    spec, _, file = result.model.spec.partition(" --weights ")
+    tagged = f"{card.loader}:{card.arch}.{card.weights}" if card.weights else f"{card.loader}:{card.arch}"
+    if spec not in (card.id, tagged):
+        return f"made from {spec}, under the card's name"
+    claims = ("recipe", "pretrain_data", "images_seen")
+    kept = all(getattr(result.model, claim) == getattr(card, claim) for claim in claims)
+    some = any(getattr(card, claim) is not None for claim in claims)
+    if file and not (spec == card.id and card.sha256 and kept and some):
+        why = "is not the file of the card's sha256" if card.sha256 else "cannot be checked: the card has no sha256"
+        return f"the weights file {file} {why}"
+    return None
+
+
+def _verdict(
+    card: ModelCard, row: Published, results: Sequence[Result], tasks: Mapping[str, TaskCard], tolerance: float
+) -> Verdict:
+    words: dict[str, Any] = {"model": card.id, "task": row.task, "metric": row.metric, "published": row.value}
+    words |= {"source": row.source, "note": row.note}
+    on_task = [result for result in results if result.task == row.task]
+    if not on_task:
+        known = "" if row.task in tasks else "there is no such task here"
+        return Verdict(**words, status="not attempted", rule=known)
+    reasons = {why_not_the_cards(card, result) for result in on_task}
+    own = [result for result in on_task if why_not_the_cards(card, result) is None]
+    if not own:
+        return Verdict(**words, status="refused", rule="; ".join(sorted(filter(None, reasons))))
+    result = _right_version(own, tasks.get(row.task))
+    if row.metric not in result.estimates:
+        has = ", ".join(sorted(result.estimates))
+        return Verdict(**words, status="metric missing", rule=f"the stored result has {has}")
+    ours = result.estimates[row.metric]
+    off_by = round(ours.value, printed_decimals(row.value)) - row.value
+    status, rule = _judge(row.value, ours, off_by, tolerance) if row.comparable else ("other protocol", "")
+    words |= {"status": status, "rule": rule, "ours": ours.value, "lo": ours.lo, "hi": ours.hi}
+    words |= {"n": ours.n_clusters, "off_by": round(off_by, 9), "remarks": _remarks(card, result, results, tasks)}
+    return Verdict(**words)
+
+
+def _judge(published: float, ours: Estimate, off_by: float, tolerance: float) -> tuple[Status, str]:
+    if abs(off_by) <= tolerance + _ROUNDING:
+        return "reproduced", "tolerance"
+    lo, hi = (round(end, printed_decimals(published)) for end in (ours.lo, ours.hi))  # as a reader compares them
+    return ("reproduced", "interval") if lo <= published <= hi else ("off", "")
+
+
+def printed_decimals(value: float) -> int:
+    """How many decimals a fraction was printed with: 0.5982 four, 0.8 three."""
+    exponent = Decimal(repr(value)).as_tuple().exponent
+    assert isinstance(exponent, int), "a published value is finite"
+    return max(_FEWEST_DECIMALS, -exponent)
+
+
+def _right_version(results: Sequence[Result], card: TaskCard | None) -> Result:
+    """The result of today's version of the task, else the newest."""
+    return max(results, key=lambda r: (card is not None and r.task_version == card.version, r.task_version))
+
+
+def _remarks(
+    card: ModelCard, result: Result, results: Sequence[Result], tasks: Mapping[str, TaskCard]
+) -> tuple[str, ...]:
+    said = []
+    task = tasks.get(result.task)
+    if task is None:
+        said.append("there is no such task any more")
+    elif task.version != result.task_version:
+        said.append(f"measured on v{result.task_version} of the task, which is v{task.version} now")
+    elif task.fingerprint() != result.task_fingerprint:
+        said.append("the task's card has changed since")
+    expected = task.expected_sizes.get("test", result.data.n) if task is not None else result.data.n
+    if expected != result.data.n:
+        said.append(f"measured on {result.data.n:,} examples, the published split has {expected:,}")
+    precision = result.settings.get("precision", "fp32")
+    if precision != "fp32":
+        said.append(f"measured in {precision}")
+    if len({other.model.weights_hash for other in results if why_not_the_cards(card, other) is None}) > 1:
+        said.append("the results under this name come from several weights")
+    if card.params is not None and result.model.params not in (None, card.params):
+        said.append(f"{count(result.model.params)} parameters, the card says {count(card.params)}")
+    return tuple(said)
+
+
+def render_verdicts(verdicts: Sequence[Verdict], *, every: bool = False) -> str:
+    """The verdicts as a table; numbers not attempted are counted by model unless ``every`` one is asked for."""
+    shown = [verdict for verdict in verdicts if every or verdict.status != "not attempted"]
+    parts = []
+    if shown:
+        said = [f"{verdict.source} ({verdict.note})" if verdict.note else verdict.source for verdict in shown]
+        numbered = {words: f"[{number}]" for number, words in enumerate(dict.fromkeys(said), start=1)}
+        header = ("Model", "Task", "Metric", "Published", "Source", "Ours [95%]", "n", "Verdict")
+        align = ("left", "left", "left", "right", "left", "right", "right", "left")
+        rows = [_row(verdict, numbered[words]) for verdict, words in zip(shown, said, strict=True)]
+        parts.append(tabulate(rows, header, tablefmt="simple", colalign=align, disable_numparse=True))
+        parts += ["", *(f"{number} {words}" for words, number in numbered.items()), ""]
+    left = [] if every else [verdict for verdict in verdicts if verdict.status == "not attempted"]
+    for model in dict.fromkeys(verdict.model for verdict in left):
+        names = list(dict.fromkeys(verdict.task for verdict in left if verdict.model == model))
+        more = ", …" if len(names) > 6 else ""
+        n = sum(verdict.model == model for verdict in left)
+        parts.append(f"{model}: {n} not attempted: {', '.join(names[:6])}{more}")
+    tally = {status: sum(verdict.status == status for verdict in verdicts) for status in get_args(Status)}
+    counts = ", ".join(f"{n} {status}" for status, n in tally.items() if n)
+    parts.append(f"{len(verdicts)} published number{'s' * (len(verdicts) != 1)}: {counts or 'none'}.")
+    return "\n".join(parts) + "\n"
+
+
+def as_json(verdicts: Sequence[Verdict], tolerance: float) -> dict[str, Any]:
+    """The verdicts as plain values; fractions, not percent."""
+    return {"tolerance": tolerance, "rows": [asdict(verdict) for verdict in verdicts]}
+
+
+def _row(verdict: Verdict, source: str) -> tuple[str, ...]:
+    printed = f"{100 * verdict.published:.{printed_decimals(verdict.published) - 2}f}"
+    return (
+        verdict.model,
+        verdict.task,
+        verdict.metric,
+        printed,
+        source,
+        MISSING if verdict.ours is None else f"{percent(verdict.ours)} {verdict.interval()}",
+        MISSING if verdict.n is None else f"{verdict.n:,}",
+        "; ".join([verdict.words(), *verdict.remarks]),
+    )
