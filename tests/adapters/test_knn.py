@@ -62,5 +62,5 @@ def test_test_images_among_the_training_images_are_counted() -> None:
     test = FakeSource([b"1/0", b"9/1"], split="test", labels=[0, 1], classes=classes)
     encoder = FakeEncoder(lambda image: np.eye(2)[label_in(image)])
     rows = ADAPTER.predict(encoder, FakeData({"train": train, "test": test}), ADAPTER.Config(k=1))
-    assert rows.meta["notes"] == ["1 of 2 test images are, byte for byte, training images too"]
+    assert rows.meta["notes"][0] == "1 of 2 test images are, byte for byte, training images too"
     assert rows["correct"].all()

@@ -41,7 +41,7 @@ def test_task_card_fits_its_adapter(name: str) -> None:
     card = cards.task_cards()[name]
     adapter = ADAPTERS.get(card.adapter)
     parse(adapter.Config, card.protocol, where=name)
-    assert card.kind in {card.adapter, card.adapter.removesuffix("_multilabel"), "linear_clip_benchmark"}
+    assert card.kind in {card.adapter, card.adapter.removesuffix("_multilabel")}
     assert card.chance is None or 0 < card.chance < 1
     assert card.source, f"{name} says not where its protocol comes from"
     assert card.how_to_get or all(spec.startswith("shapes") for spec in card.data), (
@@ -66,10 +66,10 @@ def test_dataset_card_is_whole(name: str) -> None:
 
 @pytest.mark.parametrize("name", ELEVATER)
 def test_elevater_set_has_its_metric_in_every_task(name: str) -> None:
-    for kind in ("zeroshot", "linear", "knn", "elevater"):
+    for kind in ("zeroshot", "linear", "knn", "elevater_probe"):
         card = cards.task_cards()[f"{kind}/{name}"]
         assert (card.metric, card.dataset) == (METRICS[name], name)
-        assert card.adapter.endswith("_multilabel") == (name == "voc2007" and kind != "elevater")
+        assert card.adapter.endswith("_multilabel") == (name == "voc2007" and kind != "elevater_probe")
     # The few-shot adapter takes one label an image and has no ROC-AUC.
     if name != "voc2007":
         few = cards.task_cards()[f"fewshot/{name}"]

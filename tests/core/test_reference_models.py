@@ -24,7 +24,7 @@ from vlbench.models.loaders.timm import timm_preprocess
 from vlbench.models.loaders.torchvision import torchvision_preprocess
 
 CARDS = model_cards()
-KINDS = {"zeroshot", "linear", "knn", "fewshot", "svm", "elevater", "retrieval"}
+KINDS = {"zeroshot", "linear", "knn", "fewshot", "svm", "elevater_probe", "retrieval"}
 METRICS = {"acc1", "acc5", "mean_per_class_recall", "map11", "map", "roc_auc", "mean_recall"}
 RECALLS = {f"{way}_retrieval_recall@{k}" for way in ("image", "text") for k in (1, 5, 10)}
 KEYS = [

@@ -23,8 +23,8 @@ from vlbench.adapters.common.classification import (
     prediction_rows,
     unit,
 )
+from vlbench.adapters.common.prompts import class_embeddings, templates_of
 from vlbench.core.config import Config as BaseConfig
-from vlbench.core.errors import UserError
 from vlbench.core.types import Estimate, Outcomes, Part, Provides, Rows
 
 
@@ -45,14 +45,13 @@ class ZeroShot:
     splits: ClassVar[tuple[str, ...]] = ("test",)
 
     def predict(self, encoder: Any, data: Any, config: Config) -> Rows:
-        """Rows ``id, image, label, pred, rank, correct``; ``rank`` is the right class's place among all classes."""
+        """Rows ``id, image, label, pred, rank, correct``; ``rank`` is the right class's place among all classes.
+
+        Two classes have a ``score`` too.
+        """
         source = data.split("test")
         labels_N = labels_of(source)
-        classes, templates = list(data.classnames), list(data.templates or ())
-        if not templates:
-            raise UserError(
-                f"{data.spec}: no prompt templates; name a file of them in the task card's prompts.templates"
-            )
+        classes, templates = list(data.classnames), templates_of(data)
         class_CE = class_embeddings(encoder, classes, templates)
         features = encoder.images(source)
 
@@ -68,25 +67,12 @@ class ZeroShot:
         return prediction_rows(features, labels_N, scores(), meta=meta)
 
     def outcomes(self, rows: Rows, config: Config) -> dict[str, Outcomes]:
-        """``acc1``, ``acc5`` where there are more than five classes, ``mean_per_class_recall``."""
+        """``acc1``, ``acc5`` where there are more than five classes, ``mean_per_class_recall``; ``roc_auc`` of two."""
         return classification_outcomes(rows, top5=True)
 
     def score(self, rows: Rows, config: Config) -> dict[str, Estimate]:
         """Every metric with its interval."""
         return estimates(self.outcomes(rows, config))
-
-
-def class_embeddings(encoder: Any, classes: list[str], templates: list[str]) -> np.ndarray:
-    """``class_CE``: the unit-length prompt ensemble of every class, float64.
-
-    All texts of all classes are embedded in one stream of batches, not one call a class.
-    """
-    from vlbench.data.prompting import render
-
-    words = [name.replace("_", " ") for name in classes]  # class names are often folder names
-    texts = [render(template, name) for name in words for template in templates]
-    text_CTE = unit(encoder.texts(texts)).reshape(len(classes), len(templates), -1)
-    return unit(text_CTE.mean(axis=1))
 
 
 ADAPTER = ZeroShot()

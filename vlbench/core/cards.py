@@ -259,7 +259,7 @@ _KIND_TITLES = {
     "linear": "linear probe",
     "knn": "nearest neighbours",
     "fewshot": "few-shot linear probe",
-    "elevater": "ELEVATER's linear probe",
+    "elevater_probe": "ELEVATER's linear probe",
     "svm": "linear SVM",
     "retrieval": "both directions",
 }

@@ -25,7 +25,7 @@ ADAPTERS = Registry(
         "knn_multilabel": "vlbench.adapters.knn_multilabel:ADAPTER",
         "fewshot": "vlbench.adapters.fewshot:ADAPTER",
         "svm": "vlbench.adapters.svm:ADAPTER",
-        "elevater": "vlbench.adapters.elevater:ADAPTER",
+        "elevater_probe": "vlbench.adapters.elevater_probe:ADAPTER",
         "clip_benchmark_probe": "vlbench.adapters.clip_benchmark_probe:ADAPTER",
         "retrieval": "vlbench.adapters.retrieval:ADAPTER",
     },

@@ -95,12 +95,15 @@ def estimate(outcomes: Outcomes) -> Estimate:
 
     Wilson's where the values are right or wrong, one a cluster, without weights or strata, with the standard error
     ``sqrt(p (1 - p) / n)`` (zero at p = 0 and 1, where the interval is what to read); else the clustered bootstrap.
+    Of pseudo-values the interval is cut to [0, 1], where the metrics lie that are made of them.
 
     Raises:
         UserError: where there is no value or one is not finite, naming the first such examples.
     """
     values = check_outcomes(outcomes)
     n = len(values)
+    if outcomes.pseudo:
+        return _of_pseudo_values(values, outcomes)
     if not is_plain_count(outcomes):
         return cluster_bootstrap(values, outcomes.clusters, weights=outcomes.weights, strata=outcomes.strata)
     k = int(values.sum())
@@ -150,6 +153,15 @@ def is_plain_count(outcomes: Outcomes) -> bool:
     """Whether the metric is a share of right units: right or wrong, one value a cluster, no weights or strata."""
     whole = outcomes.binary and outcomes.weights is None and outcomes.strata is None
     return whole and len(set(outcomes.clusters)) == len(outcomes.clusters)
+
+
+def _of_pseudo_values(values_N: Doubles, outcomes: Outcomes) -> Estimate:
+    if len(set(outcomes.clusters)) == 1:
+        raise UserError("one independent image alone: average precision and ROC-AUC have no interval")
+    found = cluster_bootstrap(values_N, outcomes.clusters)
+    value, lo, hi = (min(max(number, 0.0), 1.0) for number in (found.value, found.lo, found.hi))
+    method = f"jackknife pseudo-values, {found.method}"
+    return found.model_copy(update={"value": value, "lo": lo, "hi": hi, "method": method})
 
 
 # ------------------------------------------------------------------------------------- resampling by cluster

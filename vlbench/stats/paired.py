@@ -67,7 +67,7 @@ def compare_outcomes(a: Outcomes, b: Outcomes) -> PairedTest:
     pairs), with Newcombe's interval of a paired difference (1998, method 10). Everything else: a paired bootstrap over
     clusters (with strata, of the mean over strata: see ``stats.intervals``), percentile interval, and
     ``p = (1 + #{|d* - d| >= |d|}) / (B + 1)``: how often a resampled difference lies as far from the observed d as d
-    lies from zero.
+    lies from zero. Of a metric that is no mean (average precision, ROC-AUC) the values are pseudo-values.
 
     ``mde`` is ``(z_0.975 + z_0.8) * se``. For McNemar se is ``sqrt(discordant) / n``, its value where the models are
     equal, and at least 6 / n is needed (five discordant pairs never reach 5%); for the bootstrap it is the standard
@@ -91,7 +91,13 @@ def compare_all(models: Sequence[Outcomes]) -> dict[tuple[int, int], PairedTest]
     B = max(REPLICATES, REPLICATES_PER_PAIR * len(pairs))
     means_BM = bootstrap_means(units, B=B)
     return {
-        (i, j): _bootstrap_test(means_M[i] - means_M[j], means_BM[:, i] - means_BM[:, j], n=n, n_clusters=n_clusters)
+        (i, j): _bootstrap_test(
+            means_M[i] - means_M[j],
+            means_BM[:, i] - means_BM[:, j],
+            n=n,
+            n_clusters=n_clusters,
+            of="jackknife pseudo-values, " if first.pseudo else "",
+        )
         for i, j in pairs
     }
 
@@ -121,7 +127,8 @@ def _mcnemar(right_a_N: NDArray[np.bool_], right_b_N: NDArray[np.bool_]) -> Pair
     only_a, only_b = int((right_a_N & ~right_b_N).sum()), int((~right_a_N & right_b_N).sum())
     both = int((right_a_N & right_b_N).sum())
     discordant = only_a + only_b
-    p = float(stats.binomtest(only_a, discordant).pvalue) if discordant else 1.0
+    # What scipy's binomtest gives at one half, where both tails are equal, without its search for the other tail.
+    p = min(1.0, 2 * float(stats.binom.cdf(min(only_a, only_b), discordant, 0.5))) if discordant else 1.0
     lo, hi = newcombe(both, only_a, only_b, n - both - discordant)
     mde = max((Z95 + _Z_POWER) * math.sqrt(discordant), _FEWEST_DISCORDANT) / n
     return PairedTest(
@@ -129,9 +136,9 @@ def _mcnemar(right_a_N: NDArray[np.bool_], right_b_N: NDArray[np.bool_]) -> Pair
     )
 
 
-def _bootstrap_test(diff: float, replicates_B: Doubles, *, n: int, n_clusters: int) -> PairedTest:
+def _bootstrap_test(diff: float, replicates_B: Doubles, *, n: int, n_clusters: int, of: str) -> PairedTest:
     B = len(replicates_B)
-    method = f"paired cluster bootstrap B={B}"
+    method = f"{of}paired cluster bootstrap B={B}"
     if n_clusters == 1:  # every replicate is the sample itself: nothing can be said
         return PairedTest(diff=diff, lo=-1.0, hi=1.0, p=1.0, method=method, n=n, n_clusters=1, mde=1.0)
     far = int((np.abs(replicates_B - diff) >= abs(diff) - _ROUNDING).sum())

@@ -4,11 +4,13 @@ Shape suffixes: N examples, C classes.
 
 Two classes tie where their scores agree to nine digits. A tie is broken by a hash of the example's id and the class's
 name: each example keeps one prediction, right or wrong, no class is favoured for standing first, and a model whose
-scores are all equal lands on chance rather than on the share of class 0.
+scores are all equal lands on chance rather than on the share of class 0. Where there are two classes, the rows keep the
+margin between them, compared to the same nine digits: scores that are all equal have a ROC-AUC of 0.5 exactly.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from vlbench.core.errors import UserError
 from vlbench.core.fingerprint import digest
 from vlbench.core.types import Estimate, Outcomes, Rows
 from vlbench.stats.intervals import estimate
+from vlbench.stats.ranked import pseudo_values, roc_auc
 
 if TYPE_CHECKING:
     from vlbench.adapters.encoder import ImageFeatures
@@ -92,20 +95,24 @@ def decide(
 def prediction_rows(
     features: ImageFeatures, labels_N: np.ndarray, score_blocks: Iterable[np.ndarray], *, meta: Mapping[str, Any]
 ) -> Rows:
-    """Rows of a classification: ``id, image, label, pred, rank, correct``.
+    """Rows of a classification: ``id, image, label, pred, rank, correct``; ``score`` where there are two classes.
+
+    ``score`` is the margin of class 1 over class 0.
 
     Args:
         features: of the reported split; its ids and image digests become columns.
         labels_N: the right classes.
         score_blocks: class scores ``(block, C)`` of consecutive examples, higher is better.
-        meta: must hold ``classes``, the class names by label.
+        meta: must hold ``classes``, the class names by label, and ``chance`` by metric.
     """
-    preds, ranks, start = [], [], 0
+    preds, ranks, margins, start = [], [], [], 0
     for scores_BC in score_blocks:
         stop = start + len(scores_BC)
         pred_B, rank_B = decide(scores_BC, labels_N[start:stop], ids=features.ids[start:stop], classes=meta["classes"])
         preds.append(pred_B)
         ranks.append(rank_B)
+        if len(meta["classes"]) == 2:
+            margins.append(scores_BC[:, 1] - scores_BC[:, 0])
         start = stop
     assert start == len(labels_N), f"scores for {start} of {len(labels_N)} examples"
     rank_N = np.concatenate(ranks)
@@ -117,12 +124,30 @@ def prediction_rows(
         "rank": rank_N,
         "correct": rank_N == 1,
     }
-    return Rows(columns, dict(meta))
+    if not margins:
+        return Rows(columns, dict(meta))
+    columns["score"] = levels(np.concatenate(margins)).astype(np.float32)
+    if not has_pairs(labels_N):
+        notes = [*meta.get("notes", ()), "roc_auc is left out: it needs two images of each class"]
+        return Rows(columns, {**meta, "notes": notes})
+    return Rows(columns, {**meta, "chance": {**meta["chance"], "roc_auc": 0.5}})
+
+
+def levels(scores: np.ndarray) -> np.ndarray:
+    """Scores rounded to whole multiples of 1/TIE_RESOLUTION of the largest: what ties for ``decide`` is equal here."""
+    size = max(float(np.abs(scores).max(initial=0.0)), 1.0)
+    return np.rint(scores / size * TIE_RESOLUTION) * (size / TIE_RESOLUTION)
+
+
+def has_pairs(labels_N: np.ndarray) -> bool:
+    """Whether there are two images of either of two classes, without which there is no ROC-AUC."""
+    return bool((np.bincount(labels_N, minlength=2) >= 2).all())
 
 
 def classification_outcomes(rows: Rows, *, top5: bool) -> dict[str, Outcomes]:
     """``acc1``, ``acc5`` (where asked for and there are more than five classes) and ``mean_per_class_recall``.
 
+    ``roc_auc`` too, where there are two classes, each with two images or more, and the rows keep a ``score``.
     The unit is the image: examples with the same bytes are one cluster. ``mean_per_class_recall`` is the plain mean of
     the recalls of the classes that occur.
     """
@@ -134,6 +159,9 @@ def classification_outcomes(rows: Rows, *, top5: bool) -> dict[str, Outcomes]:
     if top5 and len(rows.meta["classes"]) > 5:
         found["acc5"] = Outcomes(ids, (rank_N <= 5).astype(np.float64), images, binary=True)
     found["mean_per_class_recall"] = Outcomes(ids, correct_N, images, binary=True, strata=labels_N)
+    if "score" in rows.columns and has_pairs(labels_N):
+        values_N = pseudo_values(roc_auc(labels_N, rows["score"]))
+        found["roc_auc"] = Outcomes(ids, values_N, images, binary=False, pseudo=True)
     return found
 
 
@@ -166,10 +194,20 @@ def overlap_note(train: Iterable[str], test: Sequence[str]) -> list[str]:
     return [f"{count} of {len(test)} test images are, byte for byte, training images too"] if count else []
 
 
+def _distinct(classes: Sequence[str]) -> list[str]:
+    """Class names that occur twice, told apart by their number: CLIP's ImageNet names have two "missile"."""
+    seen: Counter[str] = Counter()
+    names = []
+    for name in classes:
+        names.append(f"{name}#{seen[name]}" if seen[name] else name)
+        seen[name] += 1
+    return names
+
+
 def _draws(ids: Sequence[str], classes: Sequence[str]) -> np.ndarray:
     """A pseudo-random uint64 for every pair of example id and class name, the same for ever: ``(len(ids), C)``."""
     by_id = np.array([int(digest(name.encode())[:16], 16) for name in ids], dtype=np.uint64)
-    by_class = np.array([int(digest(name.encode())[:16], 16) for name in classes], dtype=np.uint64)
+    by_class = np.array([int(digest(name.encode())[:16], 16) for name in _distinct(classes)], dtype=np.uint64)
     mixed = by_id[:, None] ^ by_class[None, :]
     # The finaliser of SplitMix64: a bijection that spreads every input bit over all output bits.
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,0 +1,298 @@
+"""The wrong numbers that CLIP_benchmark 1.6.2 can give, one after another, and that they cannot come about here.
+
+Each was seen by running it. The names of the tests say what happened there.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.adapters.fakes import FakeData, FakeEncoder, label_in, labelled, noise_of
+from tests.verbs import toy_backbone
+from vlbench.adapters import clip_benchmark_probe, knn, linear, retrieval, zeroshot
+from vlbench.cli import main
+from vlbench.core.errors import UserError
+from vlbench.core.types import Result
+from vlbench.data.sources import open_source
+from vlbench.store.results import ResultStore
+from vlbench.verbs.calls import evaluate
+
+NAMES = tuple(toy_backbone.COLOURS)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLBENCH_CACHE", str(tmp_path / "cache"))
+
+
+def picture(rgb: tuple[float, ...], rng: np.random.Generator) -> bytes:
+    colour = np.clip(60 * np.array(rgb) + 90 + rng.normal(0, 30, 3), 0, 255)
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), colour, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_folder(root: Path, counts: dict[str, int], *, seed: int = 0) -> Path:
+    rng = np.random.default_rng(seed)
+    for split, count in counts.items():
+        for name in NAMES:
+            (root / split / name).mkdir(parents=True, exist_ok=True)
+            for number in range(count):
+                (root / split / name / f"{number}.png").write_bytes(picture(toy_backbone.COLOURS[name], rng))
+    return root
+
+
+def write_wds(root: Path, split: str, samples: list[dict[str, bytes]], **files: str) -> Path:
+    folder = root / split
+    folder.mkdir(parents=True)
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for number, sample in enumerate(samples):
+            for extension, content in sample.items():
+                member = tarfile.TarInfo(f"s{number:07d}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    (folder / "nshards.txt").write_text("1\n")
+    for name, text in files.items():
+        (root / f"{name}.txt").write_text(text, encoding="utf-8")
+    return root
+
+
+def measure(tmp_path: Path, tasks: str, data: str, **changes) -> dict[str, Result]:
+    settings = {"model": "tests.verbs.toy_backbone:build", "device": "cpu", "workers": 0, **changes}
+    results = tmp_path / "results"
+    assert evaluate(tasks=tasks, data=data, results=str(results), **settings) == 0
+    return {result.task: result for result in ResultStore(results).all()}
+
+
+def balanced(n: int, n_classes: int = 10) -> tuple[FakeData, tuple[str, ...]]:
+    classes = tuple(f"class {i}" for i in range(n_classes))
+    splits = {split: labelled(split, [i % n_classes for i in range(n)], classes) for split in ("train", "val", "test")}
+    return FakeData(splits), classes
+
+
+def noisy(image: bytes, width: int = 24, signal: float = 1.0) -> np.ndarray:
+    return signal * noise_of(f"class {label_in(image)}", width) + 2.0 * noise_of(image, width)
+
+
+# 1. A probe's features were cached under model and data set alone: asked for another split, it silently read the old.
+
+
+def test_1_features_of_one_split_are_never_taken_for_those_of_another(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "colours", {"train": 20, "val": 8, "test": 8})
+    with_val = measure(tmp_path, "linear", f"imagefolder:{folder}")["linear/colours"]
+    for image in (folder / "val").rglob("*.png"):
+        image.unlink()
+    for split in ("val",):
+        for name in NAMES:
+            (folder / split / name).rmdir()
+        (folder / split).rmdir()
+    without = measure(tmp_path, "linear", f"imagefolder:{folder}", force=True)["linear/colours"]
+    assert with_val.data.fingerprint != without.data.fingerprint
+
+
+def test_1_other_images_under_the_old_names_are_encoded_anew(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "colours", {"train": 20, "test": 20})
+    before = measure(tmp_path, "knn", f"imagefolder:{folder}")["knn/colours"]
+    write_folder(folder, {"train": 20, "test": 20}, seed=1)
+    after = measure(tmp_path, "knn", f"imagefolder:{folder}", force=True)["knn/colours"]
+    assert after.images_per_second is not None, "the new images were encoded"
+    assert after.data.fingerprint != before.data.fingerprint
+
+
+# 2. The same probe with the same seed gave other numbers from the cache than without it.
+
+
+def test_2_a_probe_from_the_store_and_a_fresh_one_agree_to_the_last_digit(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "colours", {"train": 30, "test": 30})
+    tasks = "linear,clip_benchmark_probe,elevater_probe"
+    fresh = measure(tmp_path, tasks, f"imagefolder:{folder}", no_store=True)
+    cold = measure(tmp_path, tasks, f"imagefolder:{folder}", force=True)
+    warm = measure(tmp_path, tasks, f"imagefolder:{folder}", force=True)
+    for task in fresh:
+        assert fresh[task].estimates == cold[task].estimates == warm[task].estimates
+    assert warm["linear/colours"].images_per_second is None, "nothing was encoded again"
+
+
+# 3. ``--normalize False`` was read as true, and the result said so.
+
+
+def test_3_there_is_no_switch_for_a_normalisation_that_belongs_to_the_protocol(capsys) -> None:
+    call = ["eval", "--model", "timm:resnet18", "--tasks", "zeroshot", "--normalize", "False"]
+    assert main(call) == 2
+    assert "unknown option --normalize" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("adapter", [zeroshot.ADAPTER, linear.ADAPTER, knn.ADAPTER])
+def test_3_the_length_of_features_moves_no_number(adapter) -> None:
+    data, _ = balanced(60, 6)
+
+    def scores(scale: float):
+        encoder = FakeEncoder(lambda image: scale * noisy(image), text=lambda text: noise_of(text[2:-1], 24))
+        return adapter.score(adapter.predict(encoder, data, adapter.Config()), adapter.Config())
+
+    assert scores(1.0) == scores(64.0)  # a power of two, so that the features' digits are the same
+
+
+# 4. Weights that were named on the command line were ignored for some kinds of model, and stored as if they were used.
+
+
+def test_4_weights_that_are_named_are_the_weights_that_are_used(tmp_path: Path) -> None:
+    import timm
+    import torch
+
+    from vlbench.models.load import load_backbone
+
+    torch.manual_seed(5)
+    file = tmp_path / "own.pt"
+    torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), file)
+    from_file = load_backbone("timm:test_resnet", weights=str(file))
+    assert from_file.weights_hash != load_backbone("timm:test_resnet", weights="random:0").weights_hash
+    images_BCHW = torch.randn(2, 3, 64, 64)
+    network = timm.create_model("test_resnet", num_classes=0)
+    network.load_state_dict(torch.load(file, weights_only=True))
+    with torch.inference_mode():
+        torch.testing.assert_close(from_file.encode_image(images_BCHW).pooled_BD, network.eval()(images_BCHW))
+
+
+def test_4_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
+    import torch
+
+    from vlbench.models.load import load_backbone
+
+    torch.save({"some.weight": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=r"other\.pt"):
+        load_backbone("timm:test_resnet", weights=str(tmp_path / "other.pt"))
+
+
+# 5. A language that the data did not have was ignored, and written into the result.
+
+
+def test_5_a_language_is_used_or_refused(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    samples = [
+        {
+            "png": picture(rgb, rng),
+            "json": json.dumps({"captions": {"en": [f"a {name} thing"], "de": [f"ein Ding {number}"]}}).encode(),
+        }
+        for number, (name, rgb) in enumerate(toy_backbone.COLOURS.items())
+    ]
+    folder = write_wds(tmp_path / "captioned", "test", samples, dataset_type="retrieval\n")
+    source = open_source(f"wds:{folder}", "test")
+    digests = tuple(f"{index:064x}" for index in range(len(source)))
+    assert retrieval.build_gallery(source, digests, "en").captions[0] == "a red thing"
+    assert retrieval.build_gallery(source, digests, "de").captions[0] == "ein Ding 0"
+    with pytest.raises(UserError, match="no caption in language 'jp'"):
+        retrieval.build_gallery(source, digests, "jp")
+
+
+# 6. Coarse features tie: accuracy by topk and recall by argmax then disagreed on a balanced set.
+
+
+def test_6_ties_of_coarse_features_leave_one_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    data, _ = balanced(500)
+
+    def coarse(image: bytes) -> np.ndarray:
+        return torch.from_numpy(noisy(image, 2)).sign().numpy()  # four different features in all
+
+    encoder = FakeEncoder(coarse, text=lambda text: torch.from_numpy(noise_of(text, 2)).sign().numpy())
+    found = zeroshot.ADAPTER.score(zeroshot.ADAPTER.predict(encoder, data, zeroshot.Config()), zeroshot.Config())
+    assert found["acc1"].value == pytest.approx(found["mean_per_class_recall"].value, abs=1e-12)
+    assert found["acc1"].lo < 0.1 < found["acc1"].hi, "ties are worth what a guess among them is worth"
+
+
+# 7. The probe stopped far from its optimum: ten epochs at one learning rate.
+
+
+def test_7_the_probe_is_converged_and_no_worse_than_the_peers(tmp_path: Path) -> None:
+    data, _ = balanced(600)
+    encoder = FakeEncoder(lambda image: 0.05 * noisy(image))
+    ours = linear.ADAPTER.predict(encoder, data, linear.Config())
+    theirs = clip_benchmark_probe.ADAPTER.predict(encoder, data, clip_benchmark_probe.Config())
+    assert ours.meta["fit"]["converged"]
+    best = linear.ADAPTER.score(ours, linear.Config())["acc1"]
+    assert best.hi >= clip_benchmark_probe.ADAPTER.score(theirs, clip_benchmark_probe.Config())["acc1"].value
+
+
+# 8. Features that are not numbers came out as chance, and an image without captions as a miss.
+
+
+def test_8_features_that_are_not_finite_are_an_error(tmp_path: Path, capsys) -> None:
+    folder = write_folder(tmp_path / "colours", {"train": 4, "test": 4})
+    results = str(tmp_path / "results")
+    call = {"model": "tests.verbs.toy_backbone:build_broken", "device": "cpu", "workers": 0, "results": results}
+    assert evaluate(tasks="zeroshot", data=f"imagefolder:{folder}", **call) == 1
+    assert "not finite" in capsys.readouterr().err
+    assert not list(ResultStore(tmp_path / "results").all())
+
+
+def test_8_an_image_without_captions_is_an_error(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    samples = [{"png": picture((1, 0, 0), rng), "txt": b"a red thing"}, {"png": picture((0, 1, 0), rng), "txt": b"\n"}]
+    folder = write_wds(tmp_path / "captioned", "test", samples, dataset_type="retrieval\n")
+    source = open_source(f"wds:{folder}", "test")
+    with pytest.raises(UserError, match="s0000001: no caption"):
+        retrieval.build_gallery(source, ("a", "b"), "en")
+
+
+# 9. With fewer than five classes the result held a bare NaN, which is no JSON.
+
+
+def test_9_results_of_three_classes_are_strict_json(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "colours", {"train": 8, "test": 8})
+    measure(tmp_path, "zeroshot,linear,knn", f"imagefolder:{folder}")
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    files = list((tmp_path / "results").rglob("*.json"))
+    assert len(files) == 3
+    for file in files:
+        assert "acc5" not in json.loads(file.read_text("utf-8"), parse_constant=refuse)["estimates"]
+
+
+# 10. A line separator inside a caption made two captions of one.
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x0b", "\x0c", "\x1c", "\x85", "\r"])
+def test_10_only_a_line_feed_ends_a_caption(tmp_path: Path, inside: str) -> None:
+    text = f"a red{inside}thing\na second one"
+    sample = {"png": picture((1, 0, 0), np.random.default_rng(0)), "txt": text.encode()}
+    folder = write_wds(tmp_path / "captioned", "test", [sample], dataset_type="retrieval\n")
+    assert open_source(f"wds:{folder}", "test")[0].texts["en"] == (f"a red{inside}thing", "a second one")
+
+
+# 11. After the work came the crash: a slash in a model's name, fewer shards than workers, half precision in the probe.
+
+
+def test_11_a_slash_in_a_models_name_is_no_folder(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "colours", {"train": 4, "test": 4})
+    found = measure(tmp_path, "zeroshot", f"imagefolder:{folder}", name="some/model:v1")
+    assert [result.model.name for result in found.values()] == ["some/model:v1"]
+    assert len(list((tmp_path / "results").glob("*/zeroshot/colours@v1.json"))) == 1
+
+
+def test_11_more_workers_than_shards(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    samples = [
+        {"png": picture(toy_backbone.COLOURS[name], rng), "cls": str(label).encode()}
+        for label, name in enumerate(NAMES)
+        for _ in range(3)
+    ]
+    folder = write_wds(tmp_path / "one-shard", "test", samples, classnames="\n".join(NAMES) + "\n")
+    found = measure(tmp_path, "zeroshot", f"wds:{folder}", workers=4)
+    assert found["zeroshot/one-shard"].estimates["acc1"].n == 9
+
+
+def test_11_a_probe_in_bfloat16_finishes(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "colours", {"train": 12, "val": 6, "test": 6})
+    found = measure(tmp_path, "linear,clip_benchmark_probe", f"imagefolder:{folder}", precision="bf16")
+    assert set(found) == {"linear/colours", "clip_benchmark_probe/colours"}
