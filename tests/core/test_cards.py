@@ -70,10 +70,10 @@ def test_elevater_set_has_its_metric_in_every_task(name: str) -> None:
         card = cards.task_cards()[f"{kind}/{name}"]
         assert (card.metric, card.dataset) == (METRICS[name], name)
         assert card.adapter.endswith("_multilabel") == (name == "voc2007" and kind != "elevater_probe")
-    # The few-shot adapter takes one label an image and has no ROC-AUC.
+    # The few-shot adapter takes one label an image.
     if name != "voc2007":
         few = cards.task_cards()[f"fewshot/{name}"]
-        assert few.metric == METRICS[name].replace("roc_auc", "acc1") + "@5"
+        assert few.metric == METRICS[name] + "@5"
         assert few.protocol == {"shots": [5, 20, 50], "seeds": [0, 1, 2]}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vlbench.core.cards import prompt_lines
 from vlbench.core.errors import UserError
 from vlbench.core.names import unknown
 
@@ -35,7 +36,7 @@ def named_templates(name: str, own: tuple[str, ...] | None = None) -> tuple[str,
     if name == "simple":
         return SIMPLE
     if name == "imagenet81":
-        return _imagenet81()
+        return prompt_lines("imagenet81")
     path = Path(name).expanduser()
     if not path.is_file():
         raise UserError(f"templates: {unknown('set', name, ('auto', 'simple', 'imagenet81'))} (and no such file)")
@@ -47,10 +48,3 @@ def named_templates(name: str, own: tuple[str, ...] | None = None) -> tuple[str,
     if not templates:
         raise UserError(f"{path}: there is no template in it")
     return templates
-
-
-def _imagenet81() -> tuple[str, ...]:
-    """CLIP's 80 ImageNet templates and the bare name: UniCL's 81 [U:data/language/prompt_engineering.py]."""
-    from open_clip import OPENAI_IMAGENET_TEMPLATES
-
-    return (*(template("{}") for template in OPENAI_IMAGENET_TEMPLATES), "{}.")

@@ -14,7 +14,10 @@ from typing import Any
 from vlbench import __version__
 from vlbench.core.errors import UserError
 
-_PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "numpy", "scipy", "pillow")
+_PACKAGES = (
+    *("torch", "torchvision", "timm", "open_clip_torch", "transformers", "tokenizers"),
+    *("numpy", "scipy", "pillow"),
+)
 
 # Parameters of mallopt(3), from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
