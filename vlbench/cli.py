@@ -168,7 +168,7 @@ def _eval(sub: _Parser) -> None:
     sub.add_argument(
         "--model",
         required=True,
-        help="ckpt.pt, a run folder, a reference card, timm:NAME, open_clip:NAME, torchvision:NAME, or pkg.mod:build",
+        help="ckpt.pt, a run folder, a reference card, timm:, open_clip:, torchvision: or hf:NAME, or pkg.mod:build",
     )
     sub.add_argument("--tasks", required=True, help="cards (linear/cifar10), kinds (linear) and suites, by commas")
     sub.add_argument("--weights", help="a local file for the architecture, or random[:SEED]")
@@ -187,7 +187,7 @@ def _eval(sub: _Parser) -> None:
     sub.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the forward pass")
     sub.add_argument("--precision-spread", action="store_true", help="measure in bf16 too, and say what that changes")
     sub.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
-    sub.add_argument("--workers", type=int, default=1, help="image decoding processes (default: 1)")
+    sub.add_argument("--workers", type=int, help="image decoding processes (default: one a core, at most 8)")
     sub.add_argument("--force", action="store_true", help="measure again what is already stored")
     sub.add_argument("--no-store", action="store_true", help="neither read nor keep features")
 

@@ -70,6 +70,7 @@ AUDITS = {
     "knn_multilabel": Audit(multilabel_fakes.multilabel_data, multilabel_fakes.multilabel_oracle),
     "svm": Audit(multilabel_fakes.multilabel_data, multilabel_fakes.multilabel_oracle),
     "fewshot": Audit(_class_data, _class_oracle),
+    "fewshot_multilabel": Audit(multilabel_fakes.multilabel_data, multilabel_fakes.multilabel_oracle),
     "elevater_probe": Audit(_class_data, _class_oracle, optimistic=("acc1_best_on_test", "best_on_test_gap")),
     "clip_benchmark_probe": Audit(_class_data, _class_oracle),
 }

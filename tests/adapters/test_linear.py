@@ -81,6 +81,43 @@ def test_search_finds_the_best_of_the_whole_grid_where_it_is_smooth() -> None:
     assert not found["edge"]
 
 
+def test_search_of_the_whole_grid_takes_the_best_of_all_its_values() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(400) % 4
+    features = rng.standard_normal((4, 30))[labels] * 0.7 + rng.standard_normal((400, 30)) * 2
+    train, val = slice(0, 200), slice(200, 400)
+    problem = SoftmaxRegression(features[train], labels[train], 4)
+    values = (10.0, 1e-4, 1e-2, 1.0, 1e3)
+    found = search_c(problem, features[val], labels[val], ADAPTER.Config(search="grid", c_grid=values))
+    accuracy = {
+        c: (problem.fit(c, tolerance=1e-7).logits(features[val]).argmax(1) == labels[val]).mean() for c in values
+    }
+    assert found["val_accuracy"] == max(accuracy.values())
+    assert accuracy[found["c"]] == found["val_accuracy"]
+    assert found["fits"] == 5
+    steps = ADAPTER.Config(search="grid", c_low=1e-3, c_high=1e3, c_steps=6)
+    assert search_c(problem, features[val], labels[val], steps)["fits"] == 7
+
+
+def test_the_default_search_is_recorded_as_before_there_was_another() -> None:
+    coarse, grid = ADAPTER.Config().model_dump(mode="json"), ADAPTER.Config(search="grid").model_dump(mode="json")
+    assert {"search", "c_grid"} & coarse.keys() == set()
+    assert grid["search"] == "grid"
+    assert ADAPTER.Config(**coarse) == ADAPTER.Config()
+    assert ADAPTER.Config(**grid) == ADAPTER.Config(search="grid")
+
+
+def test_grid_and_coarse_search_report_the_same_classifier_where_they_choose_the_same() -> None:
+    coarse = ADAPTER.predict(_encoder(), _data(), ADAPTER.Config())
+    c = coarse.meta["chosen"]["C"]
+    grid = ADAPTER.predict(_encoder(), _data(), ADAPTER.Config(search="grid", c_grid=(c,)))
+    assert grid.meta["chosen"]["C"] == c
+    assert grid.meta["fit"]["searched"] == 1
+    assert not grid.meta["chosen"]["at_grid_edge"], "a single value has no edge"
+    assert (grid["pred"] == coarse["pred"]).all()
+    assert grid["p"] == pytest.approx(coarse["p"], abs=1e-12)
+
+
 def test_best_c_at_the_edge_is_noted() -> None:
     # Two values make a grid of nothing but edges.
     rows = ADAPTER.predict(_encoder(), _data(), ADAPTER.Config(c_low=1e-7, c_high=1e-6, c_steps=2, c_stride=1))

@@ -84,3 +84,59 @@ def test_fit_is_quick() -> None:
     began = time.process_time()
     assert SoftmaxRegression(features, labels, 48).fit(10.0, tolerance=1e-4).converged
     assert time.process_time() - began < 10
+
+
+def test_path_finds_every_minimum_of_the_grid() -> None:
+    """Each objective against a float64 fit to the last digit, from a penalty that hides all to none to speak of."""
+    features, labels = _problem()
+    problem = SoftmaxRegression(features, labels, 5)
+    cs = np.logspace(-6, 5, 23)
+    for fit in problem.path(cs):
+        exact = problem.fit(fit.c, tolerance=1e-9, max_iterations=5000)
+        assert fit.converged, fit.c
+        assert exact.objective * (1 - 1e-9) <= objective_of(fit, problem) <= exact.objective * (1 + 1e-5), fit.c
+        assert fit.objective == pytest.approx(objective_of(fit, problem), rel=1e-5)
+
+
+def objective_of(fit, problem: SoftmaxRegression) -> float:
+    """In float64, from the weights that a user gets."""
+    features, labels = _problem()
+    logits = fit.logits(features)
+    logits -= logits.max(axis=1, keepdims=True)
+    loss = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(labels)), labels]
+    return loss.mean() + 0.5 * np.square(fit.weight_DC * problem.scale).sum() / (fit.c * len(labels))
+
+
+def test_path_of_one_value_or_of_values_far_apart_needs_no_neighbours() -> None:
+    features, labels = _problem()
+    problem = SoftmaxRegression(features, labels, 5)
+    whole = {fit.c: fit.objective for fit in problem.path([1e-3, 1.0, 1e3])}
+    for c, objective in whole.items():
+        (alone,) = problem.path([c])
+        assert alone.objective == pytest.approx(objective, rel=1e-5)
+
+
+def test_path_of_separable_classes_stays_finite() -> None:
+    labels = np.arange(60) % 3
+    features = 5 * np.eye(3)[labels] + 0.01 * np.random.default_rng(0).standard_normal((60, 3))
+    for fit in SoftmaxRegression(features, labels, 3).path(np.logspace(-6, 5, 12)):
+        assert np.isfinite(fit.weight_DC).all()
+        assert np.isfinite(fit.bias_C).all()
+    assert (fit.logits(features).argmax(axis=1) == labels).all()
+
+
+def test_path_on_constant_features_gives_the_class_shares() -> None:
+    labels = np.array([0] * 6 + [1] * 3 + [2] * 1)
+    for fit in SoftmaxRegression(np.full((10, 4), 2.5, np.float32), labels, 3).path([1e-3, 1.0, 1e3]):
+        p = np.exp(fit.logits(np.full((1, 4), 2.5)))[0]
+        assert p / p.sum() == pytest.approx([0.6, 0.3, 0.1], abs=2e-3)
+
+
+def test_path_with_fewer_examples_than_features_and_a_rare_class() -> None:
+    features, labels = _problem(n=40, width=64, classes=3)
+    labels[labels == 2] = 0
+    labels[5] = 2
+    problem = SoftmaxRegression(features, labels, 3)
+    for fit in problem.path([1e-2, 1.0, 100.0]):
+        exact = problem.fit(fit.c, tolerance=1e-9, max_iterations=5000)
+        assert fit.objective == pytest.approx(exact.objective, rel=1e-5)

@@ -66,15 +66,12 @@ def test_dataset_card_is_whole(name: str) -> None:
 
 @pytest.mark.parametrize("name", ELEVATER)
 def test_elevater_set_has_its_metric_in_every_task(name: str) -> None:
-    for kind in ("zeroshot", "linear", "knn", "elevater_probe"):
+    for kind in ("zeroshot", "linear", "knn", "elevater_probe", "fewshot"):
         card = cards.task_cards()[f"{kind}/{name}"]
-        assert (card.metric, card.dataset) == (METRICS[name], name)
+        shots = "@5" if kind == "fewshot" else ""
+        assert (card.metric, card.dataset) == (METRICS[name] + shots, name)
         assert card.adapter.endswith("_multilabel") == (name == "voc2007" and kind != "elevater_probe")
-    # The few-shot adapter takes one label an image.
-    if name != "voc2007":
-        few = cards.task_cards()[f"fewshot/{name}"]
-        assert few.metric == METRICS[name] + "@5"
-        assert few.protocol == {"shots": [5, 20, 50], "seeds": [0, 1, 2]}
+    assert cards.task_cards()[f"fewshot/{name}"].protocol == {"shots": [5, 20, 50], "seeds": [0, 1, 2]}
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -148,7 +145,7 @@ def test_suites_name_known_tasks() -> None:
     wanted = {"core", "smoke", "elevater", "elevater_fewshot", "virtex", "align", "robustness"}
     assert wanted <= suites.keys()
     assert [name.partition("/")[2] for name in suites["elevater"]] == ELEVATER
-    assert [name.partition("/")[2] for name in suites["elevater_fewshot"]] == ELEVATER[:-1]
+    assert [name.partition("/")[2] for name in suites["elevater_fewshot"]] == ELEVATER
 
 
 def test_task_card_takes_what_it_leaves_out_from_its_dataset(tmp_path: Path) -> None:

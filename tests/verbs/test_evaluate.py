@@ -94,6 +94,54 @@ def test_second_call_reuses_results_and_force_reuses_features(
     assert {name: r.estimates for name, r in _stored(tmp_path).items()} == {n: r.estimates for n, r in first.items()}
 
 
+def test_precision_spread_says_what_bf16_changes(
+    tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = "tests.verbs.conv_backbone:build"
+    assert _run(tmp_path, colours, model=model, tasks="linear,knn") == 0
+    plain = _stored(tmp_path)
+    capsys.readouterr()
+    assert _run(tmp_path, colours, model=model, tasks="linear,knn", precision_spread=True) == 0
+    out = capsys.readouterr().out
+    assert out.count("does not say what bf16 changes: measured again") == 2
+    assert out.count("  bf16: acc1 ") == 2
+    found = _stored(tmp_path)
+    _run(tmp_path, colours, model=model, tasks="linear,knn", precision="bf16", results=str(tmp_path / "bf16"))
+    in_bf16 = {result.task: result for result in ResultStore(tmp_path / "bf16").all()}
+    for task, result in found.items():
+        assert result.settings["precision"] == "fp32"
+        assert result.estimates == plain[task].estimates, "the result is the fp32 one"
+        said = result.settings["bf16_difference"]
+        assert said["metric"] == "acc1"
+        expected = in_bf16[task].estimates["acc1"].value - result.estimates["acc1"].value
+        assert said["difference"] == pytest.approx(expected, abs=1e-12)
+        before = ResultStore(tmp_path / "results").rows(result)["pred"]
+        after = ResultStore(tmp_path / "bf16").rows(in_bf16[task])["pred"]
+        assert said["predictions_changed"] == pytest.approx(np.mean(np.asarray(before) != np.asarray(after)))
+    capsys.readouterr()
+    assert _run(tmp_path, colours, model=model, tasks="linear,knn", precision_spread=True) == 0
+    assert capsys.readouterr().out.count("reused, measured") == 2
+
+
+def test_precision_spread_beside_bf16_is_refused(tmp_path: Path, colours: Path) -> None:
+    with pytest.raises(UserError, match="leave --precision out"):
+        _run(tmp_path, colours, precision="bf16", precision_spread=True)
+
+
+def test_a_split_of_another_than_its_published_size_is_noted(
+    tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlbench.core.cards import TaskCard
+
+    monkeypatch.setattr(TaskCard, "expected_sizes", {"train": 60, "test": 10_000})
+    for _ in range(2):  # measured, then reused
+        assert _run(tmp_path, colours, tasks="knn") == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if "expected" in line]
+        assert lines == ["  note: 10,000 test images expected, 90 found"]
+    store = ResultStore(tmp_path / "results")
+    assert "10,000 test images expected, 90 found" in store.rows(store.load("toy", "knn/colours")).meta["notes"]
+
+
 @pytest.mark.parametrize("change", ["weights", "precision"])
 def test_a_stored_result_about_something_else_is_not_reused(
     tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str], change: str

@@ -7,8 +7,8 @@ training stops far from convergence, so the probe may say more of the feature's 
 
 Features are the joint embedding of a model that has one, as there (``encode_image``), and the pooled feature of any
 other. The order of batches and the first weights depend on the seed, the images and the names of the classes alone, not
-on whether features were computed or read; a fit of the search is made once, where there the peak is fitted again with
-other random numbers; arithmetic is float32, where there mixed precision is the default.
+on whether features were computed or read; of equally good weight decays the one tried first is kept, where there
+the smaller one is; arithmetic is float32, where there mixed precision is the default.
 
 Shape suffixes: N images, D width of the features, C classes.
 """

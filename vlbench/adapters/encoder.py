@@ -2,7 +2,7 @@
 
 An image is known by the digest of its bytes, a model by its fingerprint and precision; what was ever computed for the
 pair is read from the feature store. What is missing is decoded, encoded and appended shard by shard, so that a killed
-run loses one shard at most.
+run loses one shard at most. Several processes may divide what is missing between them.
 
 Shape suffixes: B batch, N examples, C channels, H height, W width, D pooled width, E joint width.
 """
@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:  # never at run time: adapters must load without torch
 
     from vlbench.core.cards import Preprocess
     from vlbench.core.types import Backbone, Source
+
+Share: TypeAlias = "Callable[[str, Sequence[str]], AbstractContextManager[Sequence[str]]]"
+"""``with share("images", digests) as mine``, or ``("texts", texts)``: what this process is to encode and append. When
+the block is left, all others have appended theirs."""
 
 FEATURES_VERSION = 1
 """Part of every key of the feature store: raised by any change to decoding, transforms or towers that moves
@@ -87,6 +92,8 @@ class Encoder:
         device: torch's name of the device.
         workers: processes that decode images; 0 decodes in this one.
         progress: called with ``(done, total)`` images after every batch.
+        share: divides what is missing over processes, which must then have ``store`` in common; None: this one is
+            alone.
     """
 
     def __init__(
@@ -99,6 +106,7 @@ class Encoder:
         device: str = "cpu",
         workers: int = 0,
         progress: Callable[[int, int], None] | None = None,
+        share: Share | None = None,
     ) -> None:
         from vlbench.models.backbone import backbone_fingerprint
         from vlbench.models.user_code import has_known_code
@@ -109,10 +117,11 @@ class Encoder:
         self.device = device
         self.workers = workers
         self.progress = progress
+        self.share = share if share is not None else _keep
         self.stats = EncoderStats()
         self.fingerprint = backbone_fingerprint(backbone)
         self.code_is_known = has_known_code(backbone)
-        tables = store if store is not None and self.code_is_known else _MemoryStore()
+        tables = store if store is not None and (self.code_is_known or share is not None) else _MemoryStore()
         key = {"backbone_fingerprint": self.fingerprint, "precision": precision, "features_version": FEATURES_VERSION}
         self._images, self._texts = (
             tables.table(fingerprint(key | {"of": of}), key | {"of": of, "model": backbone.card.id})
@@ -127,13 +136,20 @@ class Encoder:
             BadExample: where an image cannot be read; a test set with a hole would give another number.
             UserError: where the model gives features that are not finite or not of the declared form.
         """
-        digests = self._image_digests(source)
+        digests = self.image_digests(source)
         first = {image: index for index, image in reversed(list(enumerate(digests)))}
         columns = ("pooled", "embed") if "embed" in self.backbone.card.provides else ("pooled",)
         missing = self._images.missing(sorted(first), columns)
         self.stats.images_reused += len(first) - len(missing)
         if missing:
-            self._encode_missing(source, {image: first[image] for image in missing})
+            queue = sorted(missing, key=first.__getitem__)
+            before, began = self.stats.image_seconds, time.perf_counter()
+            with self.share("images", queue) as mine:
+                self.encode_images(source, {image: first[image] for image in mine})
+            self.stats.images_encoded += len(queue) - len(mine)
+            if len(mine) < len(queue):  # the others' time counts as well
+                self.stats.image_seconds = before + time.perf_counter() - began
+                self._require(self._images, missing, columns)
         found = self._images.gather(digests, columns)
         return ImageFeatures(tuple(source.ids()), tuple(digests), found["pooled"], found.get("embed"))
 
@@ -144,26 +160,17 @@ class Encoder:
         missing = self._texts.missing(sorted(by_key), ("embed",))
         self.stats.texts_reused += len(by_key) - len(missing)
         # Texts of like length share a batch: it is padded only to its longest.
-        queue = sorted(missing, key=lambda key: (len(by_key[key]), key))
-        for start in range(0, len(queue), SHARD_ROWS):
-            shard = queue[start : start + SHARD_ROWS]
-            began = time.perf_counter()
-            rows = [self._encode_texts([by_key[key] for key in part]) for part in _batches(shard, self.batch_size)]
-            self.stats.text_seconds += time.perf_counter() - began
-            self.stats.texts_encoded += len(shard)
-            self._texts.append(shard, {"embed": np.concatenate(rows)})
+        queue = sorted((by_key[key] for key in missing), key=lambda text: (len(text), digest(text.encode("utf-8"))))
+        if queue:
+            with self.share("texts", queue) as mine:
+                self.encode_texts(mine)
+            self.stats.texts_encoded += len(queue) - len(mine)
+            if len(mine) < len(queue):
+                self._require(self._texts, missing, ("embed",))
         return self._texts.gather(keys, ("embed",))["embed"]
 
-    def _image_digests(self, source: Source) -> list[str]:
-        from vlbench.data.digests import image_digests
-
-        # The source is kept beside its digests, so that its id cannot come to mean another object.
-        if id(source) not in self._digests:
-            self._digests[id(source)] = (source, list(image_digests(source)))
-        return self._digests[id(source)][1]
-
-    def _encode_missing(self, source: Source, index_of: Mapping[str, int]) -> None:
-        """Encode the images at ``index_of`` (digest → index), shard by shard, in the source's order."""
+    def encode_images(self, source: Source, index_of: Mapping[str, int]) -> None:
+        """Encode the images at ``index_of`` (digest → index) and append them, shard by shard, in the source's order."""
         queue = sorted(index_of, key=index_of.__getitem__)
         ids = source.ids()
         shard = _Shard()
@@ -179,6 +186,32 @@ class Encoder:
                 shard = _Shard()
             if self.progress:
                 self.progress(done, len(queue))
+
+    def encode_texts(self, texts: Sequence[str]) -> None:
+        """Encode distinct texts and append them, shard by shard."""
+        for shard in _batches(texts, SHARD_ROWS):
+            began = time.perf_counter()
+            rows = [self._encode_texts(part) for part in _batches(shard, self.batch_size)]
+            self.stats.text_seconds += time.perf_counter() - began
+            self.stats.texts_encoded += len(shard)
+            self._texts.append([digest(text.encode("utf-8")) for text in shard], {"embed": np.concatenate(rows)})
+
+    def image_digests(self, source: Source) -> list[str]:
+        """The digest of every image's bytes, in the order of ``source``; read once."""
+        from vlbench.data.digests import image_digests
+
+        # The source is kept beside its digests, so that its id cannot come to mean another object.
+        if id(source) not in self._digests:
+            self._digests[id(source)] = (source, list(image_digests(source)))
+        return self._digests[id(source)][1]
+
+    def _require(self, table: Any, keys: Sequence[str], columns: Sequence[str]) -> None:
+        absent = table.missing(keys, columns)
+        if absent:
+            raise UserError(
+                f"{len(absent)} of {len(keys)} features that other processes encoded are not in the feature store: all "
+                "processes must see one folder (set VLBENCH_CACHE to one that they share) and have the same weights"
+            )
 
     def _pixels(self, source: Source, indices: Sequence[int]) -> Iterator[torch.Tensor]:
         """uint8 ``images_BCHW`` of the examples at ``indices``, in order."""
@@ -331,6 +364,12 @@ def _stack(items: Sequence[torch.Tensor | UserError]) -> tuple[torch.Tensor | No
         if isinstance(item, UserError):
             return None, item
     return torch.stack(list(items)), None
+
+
+@contextlib.contextmanager
+def _keep(what: str, keys: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The share of a process that is alone: everything."""
+    yield keys
 
 
 def _batches(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:

@@ -14,12 +14,10 @@ Shape suffixes: N images, D pooled width, C classes, S seeds.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-from pydantic import Field
 
 from vlbench.adapters.common.classification import (
     IMAGE_DIGITS,
@@ -32,40 +30,11 @@ from vlbench.adapters.common.classification import (
     overlap_note,
     same_classes,
 )
+from vlbench.adapters.common.shots import Config, Draw, first_by_content, spread_note
 from vlbench.adapters.common.softmax_regression import Fit, SoftmaxRegression
-from vlbench.core.config import Config as BaseConfig
 from vlbench.core.errors import UserError
-from vlbench.core.fingerprint import digest
 from vlbench.core.types import Estimate, Outcomes, Part, Provides, Rows
 from vlbench.stats.ranked import pseudo_values, roc_auc
-
-
-class Config(BaseConfig):
-    """Settings of the probe."""
-
-    shots: tuple[int, ...] = Field(
-        default=(5, 20, 50), min_length=1, description="images a class (ELEVATER: 5, 20, 50)"
-    )
-    seeds: tuple[int, ...] = Field(
-        default=(0, 1, 2), min_length=1, description="draws of the shots (ELEVATER: 0, 1, 2)"
-    )
-    folds: int = Field(default=5, ge=2, description="of cross-validation; the shots, where they are fewer")
-    c_low: float = Field(default=1e-3, gt=0, description="weakest C tried")
-    c_high: float = Field(default=1e5, gt=0, description="strongest C tried")
-    c_count: int = Field(default=9, ge=1, description="values of C, evenly on a log scale")
-    max_iterations: int = Field(default=1000, ge=1, description="of L-BFGS")
-    tolerance: float = Field(default=1e-5, gt=0, description="largest gradient entry of the final fit")
-    search_tolerance: float = Field(default=1e-4, gt=0, description="largest gradient entry while C is searched")
-
-
-@dataclass(frozen=True)
-class Draw:
-    """The shots of one seed."""
-
-    rows: np.ndarray
-    """Of the training images, class by class."""
-    folds: np.ndarray
-    """The fold of each, dealt out within its class."""
 
 
 class FewShot:
@@ -106,14 +75,15 @@ class FewShot:
                 rank_N = decide(scores_NC, labels_N, ids=found.ids, classes=classes)[1]
                 ranks_SN.append(rank_N)
                 margins_SN.append(levels(scores_NC[:, 1] - scores_NC[:, 0]))
-                found_of = {"C": c, "at_grid_edge": c in (config.c_low, config.c_high)}
+                found_of = {"C": c, "at_grid_edge": config.at_grid_edge(c)}
                 right = float((rank_N == 1).mean())
                 record.append({"seed": seed, **found_of, "images": len(drawn_N), "acc1": right})
             columns[f"rank@{shots}"] = np.stack(ranks_SN, axis=1).astype(np.int32)
             if len(classes) == 2:
                 columns[f"score@{shots}"] = np.stack(margins_SN, axis=1).astype(np.float32)
             chosen[f"@{shots}"] = record
-            notes += _notes(known.digests, train_labels_N, shots, len(classes)) + _spread(record, shots)
+            notes += _notes(known.digests, train_labels_N, shots, len(classes))
+            notes += spread_note(f"acc1@{shots}", [draw["acc1"] for draw in record])
         majority = majority_guess(train_labels_N, labels_N)
         chance = {"acc1": majority, "mean_per_class_recall": 1 / len(classes)}
         if len(classes) == 2 and has_pairs(labels_N):
@@ -154,10 +124,9 @@ def draw_shots(digests: Sequence[str], labels_N: np.ndarray, shots: int, *, seed
     """
     rows, dealt = [], []
     for label in np.unique(labels_N):
-        first = {digests[row]: row for row in np.flatnonzero(labels_N == label)[::-1]}  # one row an image
-        ordered = sorted(first, key=lambda image: digest(f"{seed} {image}".encode()))[:shots]
-        rows += [first[image] for image in ordered]
-        dealt += [place % folds for place in range(len(ordered))]
+        found = first_by_content(digests, np.flatnonzero(labels_N == label), shots, seed=seed)
+        rows += found
+        dealt += [place % folds for place in range(len(found))]
     return Draw(np.array(rows, dtype=np.int64), np.array(dealt, dtype=np.int64))
 
 
@@ -184,7 +153,7 @@ def choose_c(
     options = {"tolerance": config.search_tolerance, "max_iterations": config.max_iterations}
     starts: list[Fit | None] = [None] * len(parts)
     tried: list[tuple[tuple[float, float], float]] = []
-    for c in np.geomspace(config.c_low, config.c_high, config.c_count).tolist():  # both ends are exact
+    for c in config.grid():
         right, log_p = 0.0, 0.0
         for place, (problem, check_ND, own_N) in enumerate(parts):
             starts[place] = fit = problem.fit(c, start=starts[place], **options)
@@ -224,13 +193,6 @@ def _notes(digests: Sequence[str], labels_N: np.ndarray, shots: int, n_classes: 
     few, none = sum(0 < count < shots for count in counts), counts.count(0)
     notes = [f"{few} classes have fewer than {shots} training images and give all they have"] if few else []
     return notes + ([f"{none} classes have no training image and are never predicted"] if none else [])
-
-
-def _spread(record: Iterable[dict[str, Any]], shots: int) -> list[str]:
-    found = [100 * draw["acc1"] for draw in record]
-    if len(found) < 2:
-        return []
-    return [f"acc1@{shots} of the {len(found)} draws: {', '.join(f'{value:.1f}' for value in found)}%"]
 
 
 ADAPTER = FewShot()

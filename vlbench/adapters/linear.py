@@ -5,8 +5,8 @@ training images held out by class and by content. The classifier is then fitted 
 together, and the test split is looked at once.
 
 The search is the paper's: C in [1e-6, 1e6], 96 steps on a log scale, first every sixteenth, then half-way round the
-best until neighbours are one step apart. C is scikit-learn's, on features divided by one number
-(``common.softmax_regression``).
+best until neighbours are one step apart. ``search: grid`` tries every value instead, along one regularisation path
+(``common.softmax_path``). C is scikit-learn's, on features divided by one number (``common.softmax_regression``).
 
 Shape suffixes: N examples, D pooled width, C classes.
 """
@@ -14,10 +14,10 @@ Shape suffixes: N examples, D pooled width, C classes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, PositiveFloat, SerializerFunctionWrapHandler, model_serializer
 
 from vlbench.adapters.common.classification import (
     chance_of,
@@ -45,11 +45,21 @@ class Config(BaseConfig):
     c_high: float = Field(default=1e6, gt=0, description="strongest C of the grid (CLIP A.3)")
     c_steps: int = Field(default=96, ge=1, description="steps between them on a log scale (CLIP A.3)")
     c_stride: int = Field(default=16, ge=1, description="steps between the first values tried; halved until it is one")
+    search: Literal["coarse", "grid"] = Field(default="coarse", description="coarse: as in CLIP A.3; grid: every value")
+    c_grid: tuple[PositiveFloat, ...] = Field(
+        default=(), description="the values of `search: grid`; none: every step from c_low to c_high"
+    )
     c: float | None = Field(default=None, gt=0, description="a fixed C: nothing is searched")
     held_out: float = Field(default=0.2, gt=0, lt=1, description="share of train held out where there is no val split")
     max_iterations: int = Field(default=1000, ge=1, description="of L-BFGS (CLIP A.3)")
     tolerance: float = Field(default=1e-5, gt=0, description="largest gradient entry of the final fit")
     search_tolerance: float = Field(default=1e-4, gt=0, description="largest gradient entry while C is searched")
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The default search is recorded as it was before there was another: so older results stay comparable."""
+        values = write(self)
+        return values if self.search == "grid" else {k: v for k, v in values.items() if k not in ("search", "c_grid")}
 
 
 class Linear:
@@ -127,6 +137,11 @@ def search_c(
         ``c``, ``val_accuracy``, ``fits`` (how many were made), ``edge`` (whether C is the first or last of the grid).
     """
     grid = np.logspace(np.log10(config.c_low), np.log10(config.c_high), config.c_steps + 1)
+    if config.search == "grid":
+        grid = np.unique(config.c_grid) if config.c_grid else grid
+        qualities = [_quality(fit.logits(val_ND), val_labels_N) for fit in problem.path(grid)]
+        chosen = max(range(len(grid)), key=lambda index: (qualities[index], -index))
+        return _found(grid, chosen, accuracy=qualities[chosen][0], fits=len(grid))
     tried: dict[int, tuple[tuple[float, float], Fit]] = {}
 
     def attempt(index: int) -> None:
@@ -154,12 +169,12 @@ def search_c(
         attempt(centre + stride)
         stride //= 2
     chosen = best()
-    return {
-        "c": float(grid[chosen]),
-        "val_accuracy": tried[chosen][0][0],
-        "fits": len(tried),
-        "edge": chosen in (0, len(grid) - 1),
-    }
+    return _found(grid, chosen, accuracy=tried[chosen][0][0], fits=len(tried))
+
+
+def _found(grid: np.ndarray, chosen: int, *, accuracy: float, fits: int) -> dict[str, Any]:
+    edge = len(grid) > 1 and chosen in (0, len(grid) - 1)
+    return {"c": float(grid[chosen]), "val_accuracy": accuracy, "fits": fits, "edge": edge}
 
 
 def _choosing_set(

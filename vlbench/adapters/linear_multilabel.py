@@ -17,14 +17,13 @@ import numpy as np
 from pydantic import Field
 
 from vlbench.adapters.common.classification import estimates, overlap_note, same_classes
-from vlbench.adapters.common.logistic_regression import LogisticRegressions, OneVsRest
+from vlbench.adapters.common.logistic_regression import LogisticRegressions
 from vlbench.adapters.common.multilabel import (
     METRICS,
     held_out,
     multilabel_outcomes,
     multilabel_rows,
     multilabels_of,
-    training_gaps,
 )
 from vlbench.adapters.common.search import Point, Searched, coarse_to_fine
 from vlbench.core.config import Config as BaseConfig
@@ -74,17 +73,16 @@ class LinearMultilabel:
         c, meta = config.c, {"chosen": {"C": config.c}, "notes": []}
         if c is None:
             c, meta = _choose_c(train_ND, train_labels_NC, choosing_N, config=config, device=encoder.device)
-        problem, learnt_C = _prepare(train_ND, train_labels_NC, encoder.device)
+        problem = LogisticRegressions(train_ND, train_labels_NC, device=encoder.device)
         fit = problem.fit(c, tolerance=config.tolerance, max_iterations=config.max_iterations)
         found = encoder.images(test)
         notes = [*meta.pop("notes"), *overlap_note(digests, found.digests)]
         if not fit.converged:
             notes.append(f"the final fit stopped after {fit.iterations} iterations without converging")
-        if not learnt_C.all():
-            notes.append(f"{int((~learnt_C).sum())} classes have no positive or no negative training image")
-        scores_NC = _scores(fit, found.pooled_ND, learnt_C)
+        if gaps := int((~problem.learnt_C).sum()):
+            notes.append(f"{gaps} classes have no positive or no negative training image")
         meta |= {"classes": list(test.classes), "train_images": len(digests), "notes": notes}
-        return multilabel_rows(found, multilabels_of(test), scores_NC, meta=meta)
+        return multilabel_rows(found, multilabels_of(test), fit.logits(found.pooled_ND), meta=meta)
 
     def outcomes(self, rows: Rows, config: Config) -> dict[str, Outcomes]:
         """``map11`` and ``map``."""
@@ -102,14 +100,13 @@ def _choose_c(
     grid = np.logspace(np.log10(config.c_low), np.log10(config.c_high), config.c_steps + 1)
     metric, held_NC = METRICS[config.chosen_by], labels_NC[choosing_N]
     options = {"tolerance": config.search_tolerance, "max_iterations": config.max_iterations}
-
-    problem, learnt_C = _prepare(features_ND[~choosing_N], labels_NC[~choosing_N], device)
+    problem = LogisticRegressions(features_ND[~choosing_N], labels_NC[~choosing_N], device=device)
 
     def evaluate(points: Sequence[Point]) -> list[float]:
         qualities, fit = [], None
         for _, index in points:
             fit = problem.fit(float(grid[index]), start=fit, **options)
-            qualities.append(macro(metric, held_NC, _scores(fit, features_ND[choosing_N], learnt_C)).value)
+            qualities.append(macro(metric, held_NC, fit.logits(features_ND[choosing_N])).value)
         return qualities
 
     if not (held_NC == 1).any():
@@ -119,21 +116,6 @@ def _choose_c(
     chosen = {"C": c, f"val_{config.chosen_by}": search.quality, "at_grid_edge": search.at_edge}
     notes = [f"the best C, {c:g}, is at the edge of the grid"] if search.at_edge else []
     return c, {"chosen": chosen, "fit": {"searched": search.tried}, "notes": notes}
-
-
-def _prepare(features_ND: np.ndarray, labels_NC: np.ndarray, device: str) -> tuple[LogisticRegressions, np.ndarray]:
-    """The problem of those classes that can be learnt, and which they are ``(C,)``."""
-    learnt_C = ~training_gaps(labels_NC)
-    if not learnt_C.any():
-        raise UserError("no class has both a positive and a negative training image: there is nothing to learn")
-    return LogisticRegressions(features_ND, labels_NC[:, learnt_C], device=device), learnt_C
-
-
-def _scores(fit: OneVsRest, features_ND: np.ndarray, learnt_C: np.ndarray) -> np.ndarray:
-    """Logits ``(N, C)``; 0 for a class that could not be learnt."""
-    scores_NC = np.zeros((len(features_ND), len(learnt_C)))
-    scores_NC[:, learnt_C] = fit.logits(features_ND)
-    return scores_NC
 
 
 ADAPTER = LinearMultilabel()

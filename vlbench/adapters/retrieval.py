@@ -8,9 +8,9 @@ that says the same of everything therefore scores 0, never a lucky 100%. Entries
 image with all their captions; a caption that two images share stays wrong for the other, as everywhere, and is counted
 in the notes.
 
-Scores are made block by block and only ranks are kept, so memory is O(block x N), not O(N x N).
+Scores are made block by block and only ranks are kept (``common.exact_ranks``), so memory is O(N), not O(N x N).
 
-Shape suffixes: N images, M captions, B block of images, E joint width.
+Shape suffixes: N images, M captions, E joint width.
 """
 
 from __future__ import annotations
@@ -22,13 +22,11 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from vlbench.adapters.common.classification import IMAGE_DIGITS, estimates, unit
+from vlbench.adapters.common.classification import IMAGE_DIGITS, estimates
+from vlbench.adapters.common.exact_ranks import ranks
 from vlbench.core.config import Config as BaseConfig
 from vlbench.core.errors import UserError
 from vlbench.core.types import Estimate, Outcomes, Part, Provides, Rows
-
-TIE = 1e-9
-"""Cosines (in float64) closer than this are tied: sums in another order differ in the fifteenth digit."""
 
 TEXT_TO_IMAGE, IMAGE_TO_TEXT = "text_to_image", "image_to_text"
 
@@ -77,6 +75,7 @@ class Retrieval:
             encoder.texts(gallery.captions),
             owner_M=gallery.owner_M,
             block_bytes=config.block_bytes,
+            device=encoder.device,
         )
         images = np.array([image[:IMAGE_DIGITS] for image in gallery.images])
         n_texts, n_images = len(gallery.captions), len(gallery.images)
@@ -142,39 +141,6 @@ def build_gallery(source: Any, digests: tuple[str, ...], language: str) -> Galle
     )
 
 
-def ranks(
-    image_NE: np.ndarray, text_ME: np.ndarray, *, owner_M: np.ndarray, block_bytes: int = 1 << 26
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pessimistic rank, from 1, of the best right candidate of every query.
-
-    Args:
-        image_NE: image embeddings, of any length.
-        text_ME: caption embeddings.
-        owner_M: the image each caption belongs to; every image owns at least one.
-        block_bytes: how many bytes of scores may exist at once.
-
-    Returns:
-        ``text_to_image_M`` and ``image_to_text_N``, int64.
-    """
-    image_NE, text_ME = unit(image_NE), unit(text_ME)
-    n_images, n_texts = len(image_NE), len(text_ME)
-    own_M = np.einsum("me,me->m", text_ME, image_NE[owner_M])
-    best_own_N = np.full(n_images, -np.inf)
-    np.maximum.at(best_own_N, owner_M, own_M)
-    ahead_of_image_M = np.zeros(n_texts, dtype=np.int64)
-    ahead_of_text_N = np.zeros(n_images, dtype=np.int64)
-    block = max(1, block_bytes // (8 * n_texts))
-    for start in range(0, n_images, block):
-        rows = slice(start, min(start + block, n_images))
-        score_BM = image_NE[rows] @ text_ME.T
-        # The right pairs are taken out, so whatever is left and scores as well stands ahead.
-        here = np.flatnonzero((owner_M >= rows.start) & (owner_M < rows.stop))
-        score_BM[owner_M[here] - start, here] = -np.inf
-        ahead_of_image_M += (score_BM >= own_M - TIE).sum(axis=0)
-        ahead_of_text_N[rows] = (score_BM >= best_own_N[rows, None] - TIE).sum(axis=1)
-    return 1 + ahead_of_image_M, 1 + ahead_of_text_N
-
-
 def _mean_recall(found: dict[str, Outcomes], rows: Rows) -> Outcomes:
     """The mean of all recalls as one value a query: weights give every recall the same say."""
     ids = [f"{direction}:{name}" for direction, name in zip(rows["direction"], rows["id"])]
@@ -204,13 +170,15 @@ def _chance(gallery: Gallery, ks: tuple[int, ...]) -> dict[str, float]:
 
 
 def _notes(gallery: Gallery, n_entries: int) -> list[str]:
-    owners: dict[str, set[int]] = {}
+    owner_of: dict[str, int] = {}
+    shared: set[str] = set()
     for caption, owner in zip(gallery.captions, gallery.owner_M.tolist()):
-        owners.setdefault(caption, set()).add(owner)
-    shared = sum(len(owners[caption]) > 1 for caption in gallery.captions)
+        if owner_of.setdefault(caption, owner) != owner:
+            shared.add(caption)
     notes = []
     if shared:
-        notes.append(f"{shared} of {len(gallery.captions)} captions also belong, word for word, to another image")
+        count = sum(caption in shared for caption in gallery.captions)
+        notes.append(f"{count} of {len(gallery.captions)} captions also belong, word for word, to another image")
     if n_entries > len(gallery.images):
         notes.append(f"{n_entries - len(gallery.images)} entries repeat an image byte for byte and were joined to it")
     return notes

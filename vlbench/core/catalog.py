@@ -24,6 +24,7 @@ ADAPTERS = Registry(
         "linear_multilabel": "vlbench.adapters.linear_multilabel:ADAPTER",
         "knn_multilabel": "vlbench.adapters.knn_multilabel:ADAPTER",
         "fewshot": "vlbench.adapters.fewshot:ADAPTER",
+        "fewshot_multilabel": "vlbench.adapters.fewshot_multilabel:ADAPTER",
         "svm": "vlbench.adapters.svm:ADAPTER",
         "elevater_probe": "vlbench.adapters.elevater_probe:ADAPTER",
         "clip_benchmark_probe": "vlbench.adapters.clip_benchmark_probe:ADAPTER",

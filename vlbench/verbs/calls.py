@@ -39,9 +39,10 @@ EVAL_DEFAULTS = {
     "batch_size": 128,
     "precision": "fp32",
     "device": None,
-    "workers": 1,
+    "workers": None,
     "force": False,
     "no_store": False,
+    "precision_spread": False,
     "debug": False,
 }
 

@@ -1,17 +1,19 @@
 """``vlbench eval``: measure one backbone on tasks; each result is on disk before the next task starts.
 
 A task whose stored result is about the same weights, task, data and settings is not run again. A failing task does
-not stop the others; it is reported at the end and the exit status is 1.
+not stop the others; it is reported at the end and the exit status is 1. Under ``torchrun`` the processes share the
+encoding (``verbs.crew``).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,18 +21,21 @@ from typing import TYPE_CHECKING, Any
 from vlbench.core.cards import prompt_lines
 from vlbench.core.catalog import ADAPTERS
 from vlbench.core.config import Config, parse
-from vlbench.core.errors import UserError
+from vlbench.core.errors import RunError, UserError
 from vlbench.core.fingerprint import fingerprint
 from vlbench.core.paths import data_root
-from vlbench.core.types import DataRef, Estimate, ModelRef, Result, Rows
-from vlbench.store.features import FeatureStore
-from vlbench.store.results import NO_EXAMPLES, ResultStore
+from vlbench.core.types import DataRef, Estimate, Result, Rows
+from vlbench.store.results import NO_EXAMPLES
+from vlbench.verbs import crew as crews
 from vlbench.verbs import machine
-from vlbench.verbs.progress import EncodingProgress
-from vlbench.verbs.selection import Choice, Skip, select
+from vlbench.verbs.precision import bf16_difference, say_difference
+from vlbench.verbs.selection import Choice, Selection, Skip, select
+from vlbench.verbs.serving import serve
+from vlbench.verbs.session import Session, open_session
+from vlbench.verbs.summary import Done, percent, print_summary
 
 if TYPE_CHECKING:
-    from vlbench.adapters.encoder import Encoder, EncoderStats
+    from vlbench.adapters.encoder import EncoderStats
 
 DEFAULT_PROMPTS = "simple"
 """Templates for data that bring none of their own."""
@@ -48,30 +53,8 @@ class Job:
     data: Any
     """A ``data.taskdata.TaskData``."""
     data_ref: DataRef
-
-
-@dataclass
-class Session:
-    """One call of ``vlbench eval``."""
-
-    model: ModelRef
-    encoder: Encoder
-    results: ResultStore
-    settings: dict[str, Any]
-    force: bool
-    provenance: dict[str, Any]
-    """``versions`` and ``commit`` of the software."""
-    data: dict[str, Any] = field(default_factory=dict)
-    """Opened task data by spec and splits: tasks on the same data share them."""
-
-
-@dataclass(frozen=True)
-class Done:
-    """One finished task."""
-
-    result: Result
-    reused: bool
     notes: tuple[str, ...]
+    """What there is to say of the data."""
 
 
 class Unsuitable(UserError):
@@ -80,19 +63,52 @@ class Unsuitable(UserError):
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate as the arguments of ``vlbench eval`` say. Returns 0, or 1 where a task failed."""
-    root = Path(args.data_root).expanduser() if args.data_root else data_root()
-    data = [args.data] if isinstance(args.data, str) else list(args.data or ())
-    selection = select(args.tasks, data=data, root=root)
-    for skip in selection.skipped:
-        _say_skip(skip)
-    session = open_session(args)
+    machine.keep_freed_memory()
+    with crews.joined() as crew:
+        if not crew.first:
+            return serve(args, crew)
+        try:
+            status = _lead(args, crew)
+        except crews.Lost:
+            raise
+        except Exception as error:
+            status = 2 if isinstance(error, UserError) and not isinstance(error, RunError) else 1
+            with contextlib.suppress(crews.Lost):
+                crew.give(crews.Order("end", status=status))
+            raise
+        crew.give(crews.Order("end", status=status))
+        return status
+
+
+def _lead(args: argparse.Namespace, crew: crews.Crew) -> int:
+    """What the first process does: everything, with the others' help where something is to be encoded."""
+    with crew.settling():
+        if args.precision_spread and args.precision != "fp32":
+            raise UserError("--precision-spread compares bf16 with fp32: leave --precision out")
+        root = Path(args.data_root).expanduser() if args.data_root else data_root()
+        data = [args.data] if isinstance(args.data, str) else list(args.data or ())
+        selection = select(args.tasks, data=data, root=root)
+        for skip in selection.skipped:
+            _say_skip(skip)
+        session = open_session(args, crew)
     _require_parts(selection.choices, session)
+    done, failed = _run_all(selection, session, debug=getattr(args, "debug", False))
+    if not done and not failed:
+        raise UserError(f"nothing could be run: no task of {args.tasks!r} fits this model and these data (see above)")
+    print_summary(done, failed, store=session.results, stats=session.encoder.stats)
+    return 1 if failed else 0
+
+
+def _run_all(selection: Selection, session: Session, *, debug: bool) -> tuple[list[Done], list[tuple[str, str]]]:
+    """Every task, finished or failed with one line."""
     done: list[Done] = []
     failed: list[tuple[str, str]] = []
     for number, choice in enumerate(selection.choices, start=1):
         place = f"[{number}/{len(selection.choices)}] {choice.card.name}"
         try:
             done.append(_run_one(choice, session, place))
+        except crews.Lost:
+            raise
         except Unsuitable as error:
             if choice.named:
                 failed.append((choice.card.name, str(error)))
@@ -102,48 +118,10 @@ def run(args: argparse.Namespace) -> int:
         except Exception as error:
             line = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             failed.append((choice.card.name, line))
-            if getattr(args, "debug", False):
+            if debug:
                 traceback.print_exc()
             print(f"{place}: FAILED: {line}", file=sys.stderr)
-    if not done and not failed:
-        raise UserError(f"nothing could be run: no task of {args.tasks!r} fits this model and these data (see above)")
-    _print_summary(session, done, failed)
-    return 1 if failed else 0
-
-
-def open_session(args: argparse.Namespace) -> Session:
-    """Load the model and prepare stores and encoder."""
-    from vlbench.adapters.encoder import Encoder
-    from vlbench.models.backbone import backbone_fingerprint
-    from vlbench.models.load import load_backbone
-
-    device = machine.choose_device(args.device)
-    backbone = load_backbone(args.model, weights=args.weights, name=args.name, device=device)
-    card = backbone.card
-    model = ModelRef(
-        name=card.id,
-        spec=args.model if args.weights is None else f"{args.model} --weights {args.weights}",
-        weights_hash=backbone.weights_hash,
-        backbone_fingerprint=backbone_fingerprint(backbone),
-        **{key: getattr(card, key) for key in ("recipe", "arch", "params", "pretrain_data", "images_seen")},
-        seed=card.seed,
-        random=card.random,
-    )
-    encoder = Encoder(
-        backbone,
-        None if args.no_store else FeatureStore(),
-        batch_size=args.batch_size,
-        precision=args.precision,
-        device=device,
-        workers=args.workers,
-        progress=EncodingProgress(),
-    )
-    if not encoder.code_is_known:
-        print("note: the source of the model's code cannot be read: features are not kept, results not used again")
-    settings = {"precision": args.precision, "batch_size": args.batch_size, **machine.describe(device)}
-    provenance = {"versions": machine.versions(), "commit": machine.commit()}
-    print(f"model: {model.name} ({card.arch}, weights {model.weights_hash}) on {settings['device_name']}")
-    return Session(model, encoder, ResultStore(args.results), settings, args.force, provenance)
+    return done, failed
 
 
 def prepare(choice: Choice, session: Session) -> Job:
@@ -159,20 +137,23 @@ def prepare(choice: Choice, session: Session) -> Job:
     if missing:
         raise Unsuitable(f"{session.model.name} has no {_what_is_missing(missing)}")
     config = parse(adapter.Config, card.protocol, where=f"task {card.name}, protocol")
-    data = _open_data(choice, session, with_prompts="text" in adapter.requires)
+    with_prompts = "text" in adapter.requires or bool(card.prompts.templates)
+    data = _open_data(choice, session, with_prompts=with_prompts)
     for split in adapter.splits:
         if split not in OPTIONAL_SPLITS and not data.has(split):
             raise Unsuitable(f"{choice.spec} has no {split!r} split")
     splits = [split for split in adapter.splits if data.has(split)]
+    session.crew.go_to(crews.Place(choice.spec, tuple(card.splits.items()), tuple(splits)))
     reported = data.split(splits[-1])
     absent = adapter.needs - reported.provides
     if absent:
         raise Unsuitable(f"{choice.spec} has no {' and no '.join(sorted(absent))}")
     content = {"data": data.fingerprint(tuple(splits)), "classes": list(reported.classes or ())}
-    if "label" in adapter.needs and "text" in adapter.requires:
+    if adapter.needs & {"label", "labels"} and "text" in adapter.requires:
         content |= {"classes": list(data.classnames), "templates": list(data.templates)}
     ref = DataRef(spec=choice.said, split=reported.split, n=len(reported), fingerprint=fingerprint(content))
-    return Job(choice, adapter, config, data, ref)
+    sizes = {split: len(data.split(split)) for split in splits}
+    return Job(choice, adapter, config, data, ref, (*data.notes, *_size_notes(sizes, card.expected_sizes)))
 
 
 def measure(job: Job, session: Session) -> tuple[Result, Rows]:
@@ -180,7 +161,7 @@ def measure(job: Job, session: Session) -> tuple[Result, Rows]:
     card, encoder = job.choice.card, session.encoder
     before, began = encoder.stats.copy(), time.perf_counter()
     machine.reset_peak_memory(session.settings["device"])
-    rows = _with_notes(job.adapter.predict(encoder, job.data, job.config), job.data.notes)
+    rows = _with_notes(job.adapter.predict(encoder, job.data, job.config), job.notes)
     predicted = time.perf_counter()
     estimates: dict[str, Estimate] = job.adapter.score(rows, job.config)
     if card.metric not in estimates:
@@ -244,6 +225,9 @@ def stored_result(job: Job, session: Session) -> Result | None:
             "the folder, name another --results DIR, or replace it with --force"
         )
     changed = [what for what, is_changed in differs.items() if is_changed]
+    if not changed and session.spread and "bf16_difference" not in old.settings:
+        print("  the stored result does not say what bf16 changes: measured again, replaced")
+        return None
     if changed:
         print(f"  the stored result under this name is about other {' and '.join(changed)}: measured again, replaced")
         return None
@@ -255,18 +239,33 @@ def _run_one(choice: Choice, session: Session, place: str) -> Done:
     old = None if session.force else stored_result(job, session)
     if old is not None:
         print(f"{place}: reused, measured {old.created}")
-        return Done(old, True, _say_notes(_with_notes(session.results.rows(old), job.data.notes)))
+        _say_notes(_with_notes(session.results.rows(old), job.notes))
+        return Done(old, reused=True)
     print(f"{place}: {job.data_ref.n:,} examples of {job.data_ref.spec}", flush=True)
     try:
         result, rows = measure(job, session)
+        if session.spread:
+            difference = bf16_difference(result, rows, job, session.encoder_in("bf16"))
+            result = result.model_copy(update={"settings": {**result.settings, "bf16_difference": difference}})
     finally:
         if session.encoder.progress is not None:
             session.encoder.progress.close()
     result = session.results.save(result, rows)
-    notes = _say_notes(rows)
+    _say_notes(rows)
     headline = result.estimates[result.metric]
-    print(f"  {result.metric} {_percent(headline)}, {sum(result.seconds.values()):.1f} s", flush=True)
-    return Done(result, False, notes)
+    print(f"  {result.metric} {percent(headline)}, {sum(result.seconds.values()):.1f} s", flush=True)
+    if session.spread:
+        say_difference(result)
+    return Done(result, reused=False)
+
+
+def _size_notes(found: Mapping[str, int], expected: Mapping[str, int]) -> list[str]:
+    """A note for each split that is not of its published size."""
+    return [
+        f"{expected[role]:,} {role} images expected, {count:,} found"
+        for role, count in found.items()
+        if expected.get(role, count) != count
+    ]
 
 
 def _with_notes(rows: Rows, notes: Sequence[str]) -> Rows:
@@ -275,25 +274,17 @@ def _with_notes(rows: Rows, notes: Sequence[str]) -> Rows:
     return replace(rows, meta={**rows.meta, "notes": every}) if every else rows
 
 
-def _say_notes(rows: Rows) -> tuple[str, ...]:
-    notes = tuple(rows.meta.get("notes", ()))
-    for note in notes:
+def _say_notes(rows: Rows) -> None:
+    for note in rows.meta.get("notes", ()):
         print(f"  note: {note}")
-    return notes
 
 
 def _open_data(choice: Choice, session: Session, *, with_prompts: bool) -> Any:
-    """The task's data under its prompts; opened and read once for all tasks on the same data and splits."""
-    from vlbench.data.taskdata import TaskData
-
+    """The task's data under its prompts."""
     prompts = choice.card.prompts
     classes = prompt_lines(prompts.classnames) if prompts.classnames else None
     templates = prompt_lines(prompts.templates) if with_prompts and prompts.templates else None
-    key = fingerprint([choice.spec, choice.card.splits])
-    if key not in session.data:
-        opened = TaskData(choice.spec, choice.card.splits, pretrained_on=session.model.pretrain_data)
-        session.data[key] = opened
-    data = session.data[key].with_prompts(classes=classes, templates=templates)
+    data = session.opened(choice.spec, choice.card.splits).with_prompts(classes=classes, templates=templates)
     if with_prompts and not data.templates:
         data = data.with_prompts(classes=classes, templates=prompt_lines(DEFAULT_PROMPTS))
     return data
@@ -315,34 +306,3 @@ def _what_is_missing(parts: frozenset[str]) -> str:
 
 def _say_skip(skip: Skip) -> None:
     print(f"skipped {skip.task}: {skip.reason}")
-
-
-def _print_summary(session: Session, done: Sequence[Done], failed: Sequence[tuple[str, str]]) -> None:
-    from tabulate import tabulate
-
-    if done:
-        rows = [_table_row(item, session.results) for item in done]
-        headers = ("task", "metric", "value [95%]", "chance", "n", "s", "stored")
-        print()
-        aligned = ("left", "left", "left", "right", "right", "right", "left")
-        print(tabulate(rows, headers, colalign=aligned, disable_numparse=True))
-    stats = session.encoder.stats
-    rate = f" at {stats.images_per_second:,.0f} images/s" if stats.images_per_second else ""
-    print(f"\nimages: {stats.images_encoded:,} encoded{rate}, {stats.images_reused:,} from the feature store")
-    if stats.texts_encoded or stats.texts_reused:
-        print(f"texts: {stats.texts_encoded:,} encoded, {stats.texts_reused:,} from the feature store")
-    for task, line in failed:
-        print(f"FAILED {task}: {line}", file=sys.stderr)
-
-
-def _table_row(item: Done, store: ResultStore) -> tuple[str, ...]:
-    result = item.result
-    headline = result.estimates[result.metric]
-    chance = "" if result.chance is None else f"{100 * result.chance:.1f}"
-    path = store.path(result.model.name, result.task, result.task_version)
-    seconds = "reused" if item.reused else f"{sum(result.seconds.values()):.1f}"
-    return (result.task, result.metric, _percent(headline), chance, f"{headline.n:,}", seconds, str(path))
-
-
-def _percent(estimate: Estimate) -> str:
-    return f"{100 * estimate.value:.1f} [{100 * estimate.lo:.1f}, {100 * estimate.hi:.1f}]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import resource
 import subprocess
@@ -34,6 +35,11 @@ def choose_device(name: str | None) -> str:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return name
+
+
+def choose_workers(count: int | None) -> int:
+    """``count``, or one process for each core that this one may use, eight at most."""
+    return count if count is not None else min(8, len(os.sched_getaffinity(0)))
 
 
 def keep_freed_memory() -> None:

@@ -46,14 +46,19 @@ def multilabels_of(source: Any) -> np.ndarray:
 
 
 def multilabel_rows(
-    features: ImageFeatures, labels_NC: np.ndarray, scores_NC: np.ndarray, *, meta: Mapping[str, Any]
+    features: ImageFeatures,
+    labels_NC: np.ndarray,
+    scores: np.ndarray | Mapping[str, np.ndarray],
+    *,
+    meta: Mapping[str, Any],
 ) -> Rows:
     """Rows ``id, image, labels, scores``; chance and notes are added to ``meta``.
 
     Args:
         features: of the reported split; its ids and image digests become columns.
         labels_NC: 1, 0 or -1.
-        scores_NC: higher is more likely present; comparable among the images of one class only.
+        scores: ``(N, C)``, higher is more likely present; comparable among the images of one class only. Where a
+            protocol has several, by what the names of its metrics end in; ``(N, S, C)`` of S draws.
         meta: must hold ``classes``.
 
     Raises:
@@ -71,20 +76,26 @@ def multilabel_rows(
         "id": list(features.ids),
         "image": [digest[:IMAGE_DIGITS] for digest in features.digests],
         "labels": labels_NC.astype(np.int8),
-        "scores": levels(scores_NC).astype(np.float32),
     }
-    return Rows(columns, {**meta, "chance": dict.fromkeys(METRICS, prevalence(labels_NC)), "notes": notes})
+    of = scores if isinstance(scores, Mapping) else {"": scores}
+    columns |= {f"scores{ending}": levels(found).astype(np.float32) for ending, found in of.items()}
+    chance = dict.fromkeys([f"{name}{ending}" for ending in of for name in METRICS], prevalence(labels_NC))
+    return Rows(columns, {**meta, "chance": chance, "notes": notes})
 
 
-def multilabel_outcomes(rows: Rows, *, scores: str = "scores") -> dict[str, Outcomes]:
-    """``map11`` and ``map`` as pseudo-values per image; examples with the same bytes are one cluster."""
+def multilabel_outcomes(rows: Rows, *, ending: str = "") -> dict[str, Outcomes]:
+    """``map11`` and ``map`` as pseudo-values per image; examples with the same bytes are one cluster.
+
+    Of several draws an image's value is the mean of its pseudo-values, so that their mean is the mean of the metric.
+    """
     ids, images = [str(name) for name in rows["id"]], [str(name) for name in rows["image"]]
-    return {
-        name: Outcomes(
-            ids, pseudo_values(macro(metric, rows["labels"], rows[scores])), images, binary=False, pseudo=True
-        )
-        for name, metric in METRICS.items()
-    }
+    scores = np.asarray(rows[f"scores{ending}"])
+    draws_SNC = scores[None] if scores.ndim == 2 else scores.swapaxes(0, 1)
+    found = {}
+    for name, metric in METRICS.items():
+        values_SN = [pseudo_values(macro(metric, rows["labels"], scores_NC)) for scores_NC in draws_SNC]
+        found[f"{name}{ending}"] = Outcomes(ids, np.mean(values_SN, axis=0), images, binary=False, pseudo=True)
+    return found
 
 
 def prevalence(labels_NC: np.ndarray) -> float:

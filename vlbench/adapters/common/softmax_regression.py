@@ -17,16 +17,16 @@ Shape suffixes: N examples, D pooled width, P principal axes kept, C classes. Th
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vlbench.adapters.common.axes import principal_axes
+
 if TYPE_CHECKING:
     import torch
-
-FLAT = 1e-12
-"""Axes with less than this share of the largest variance are rounding noise of float32 features."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,7 @@ class SoftmaxRegression:
         variance = centred_ND.square().sum(dim=1).mean()
         self.scale = float(variance.sqrt()) or 1.0
         centred_ND /= self.scale
-        spread_D, axes_DD = torch.linalg.eigh(centred_ND.T @ centred_ND / len(centred_ND))
-        kept = spread_D > FLAT * spread_D.max().clamp(min=FLAT)
-        self.spread_P, self.axes_DP = spread_D[kept], axes_DD[:, kept]
+        self.spread_P, self.axes_DP = principal_axes(centred_ND)
         self.rotated_NP = centred_ND @ self.axes_DP
         self.labels_N = torch.from_numpy(labels_N).to(device)
 
@@ -107,7 +105,35 @@ class SoftmaxRegression:
         }
         found = minimize(objective, first.ravel(), jac=True, method="L-BFGS-B", options=options)
         weight_PC = torch.from_numpy(found.x).to(device).reshape(n_axes + 1, self.n_classes) * stretch
-        return self._as_fit(c, weight_PC, found)
+        return self._as_fit(c, weight_PC, float(found.fun), int(found.nit), bool(found.success))
+
+    def path(self, cs: Sequence[float], *, tolerance: float = 1e-7, max_iterations: int = 100) -> Iterator[Fit]:
+        """The minima for many penalties, each found from the ones before: see ``common.softmax_path``.
+
+        In float32, and a fit ends by the objective rather than by its gradient: good to choose C with. ``fit`` then
+        makes the classifier that is reported.
+
+        Args:
+            cs: from small to large, the strongest penalty first.
+            tolerance: stop where no more than this share of the objective is still to be gained.
+            max_iterations: give up on a penalty after this many; ``converged`` is then False.
+
+        Yields:
+            One Fit for each of ``cs``, in their order.
+        """
+        import torch
+
+        from vlbench.adapters.common.softmax_path import Path
+
+        n, n_axes = self.rotated_NP.shape
+        features_NQ = torch.ones(n, n_axes + 1, device=self.rotated_NP.device)
+        features_NQ[:, :-1] = self.rotated_NP
+        options = {"tolerance": tolerance, "max_iterations": max_iterations}
+        path = Path(features_NQ, self.labels_N, self.n_classes, **options)
+        for c in cs:
+            found = path.minimum(1.0 / (float(c) * n))
+            counts = (found.objective, found.iterations, found.converged)
+            yield self._as_fit(float(c), found.weight_CQ.T.double(), *counts)
 
     def _objective(self, weight_PC: torch.Tensor, penalty: float) -> tuple[float, torch.Tensor]:
         """Mean cross-entropy plus ``penalty / 2 * ||W||^2``, and its gradient; the weights' last row is the bias."""
@@ -126,15 +152,15 @@ class SoftmaxRegression:
         )
         return float(value), gradient
 
-    def _as_fit(self, c: float, weight_PC: torch.Tensor, found: object) -> Fit:
+    def _as_fit(self, c: float, weight_PC: torch.Tensor, objective: float, iterations: int, converged: bool) -> Fit:
         weight_DC = self.axes_DP @ weight_PC[:-1] / self.scale
         bias_C = weight_PC[-1] - self.mean_D @ weight_DC
         return Fit(
             c=c,
             weight_DC=weight_DC.cpu().numpy(),
             bias_C=bias_C.cpu().numpy(),
-            objective=float(found.fun),
-            iterations=int(found.nit),
-            converged=bool(found.success),
+            objective=objective,
+            iterations=iterations,
+            converged=converged,
             weight_PC=weight_PC.cpu().numpy(),
         )

@@ -1,0 +1,53 @@
+"""What bf16 changes: the same task measured once more with bf16 features, beside its fp32 result."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlbench.core.types import Result, Rows
+
+if TYPE_CHECKING:
+    from vlbench.adapters.encoder import Encoder
+    from vlbench.verbs.evaluate import Job
+
+_SAID_OF_AN_EXAMPLE = ("pred", "rank", "correct")
+"""Columns that hold what a model says of an example; the first that is there counts."""
+
+
+def bf16_difference(result: Result, rows: Rows, job: Job, encoder: Encoder) -> dict[str, Any]:
+    """What a result stores of it.
+
+    Args:
+        result: the fp32 result of ``job``.
+        rows: its rows.
+        job: the task.
+        encoder: the same backbone in bf16.
+
+    Returns:
+        ``metric``: the headline's name, ``difference``: its bf16 value minus its fp32 value, ``predictions_changed``:
+        the share of examples (of queries, for retrieval) of which the model says something else.
+    """
+    other = job.adapter.predict(encoder, job.data, job.config)
+    value = job.adapter.score(other, job.config)[result.metric].value
+    return {
+        "metric": result.metric,
+        "difference": value - result.estimates[result.metric].value,
+        "predictions_changed": _share_changed(rows, other, job, result.metric),
+    }
+
+
+def say_difference(result: Result) -> None:
+    """One line for a person."""
+    found = result.settings["bf16_difference"]
+    changed = f"{100 * found['predictions_changed']:.2f}% of predictions changed"
+    print(f"  bf16: {found['metric']} {100 * found['difference']:+.2f} points, {changed}", flush=True)
+
+
+def _share_changed(rows: Rows, other: Rows, job: Job, metric: str) -> float:
+    for column in _SAID_OF_AN_EXAMPLE:
+        if column in rows.columns:
+            return float(np.mean(np.asarray(rows[column]) != np.asarray(other[column])))
+    before, after = (job.adapter.outcomes(each, job.config)[metric].values for each in (rows, other))
+    return float(np.mean(before != after))
