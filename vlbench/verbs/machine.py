@@ -76,14 +76,21 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with ``-dirty`` where tracked files differ; None for an installed wheel."""
+    """The commit of this checkout, with ``-dirty`` where tracked files differ; None for an installed wheel.
+
+    Stored results are no part of what measures: writing one must not make the next one look unclean.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # else git would answer for a repository that merely holds the environment
         return None
     head = _git(root, "rev-parse", "HEAD")
     if head is None:
         return None
-    return f"{head}-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else head
+    return (
+        f"{head}-dirty"
+        if _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results")
+        else head
+    )
 
 
 def reset_peak_memory(device: str) -> None:
