@@ -103,7 +103,7 @@ TINY_TEXT = TextConfig(width=128, layers=2, heads=4, context_length=32)
 """Two layers suffice for captions of a dozen words; the token embedding alone is 6.3M of its 6.8M parameters."""
 
 TINY_RUN: Mapping[str, Any] = {
-    "steps": 500,  # one to one and a half minutes on two cores for two towers
+    "steps": 600,  # one to one and a half minutes on two cores for two towers
     "batch_size": 64,
     "optim": OptimConfig(
         lr=8e-3,

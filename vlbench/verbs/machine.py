@@ -86,11 +86,8 @@ def commit() -> str | None:
     head = _git(root, "rev-parse", "HEAD")
     if head is None:
         return None
-    return (
-        f"{head}-dirty"
-        if _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results")
-        else head
-    )
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)results")
+    return f"{head}-dirty" if changed else head
 
 
 def reset_peak_memory(device: str) -> None:
