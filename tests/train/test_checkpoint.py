@@ -43,6 +43,14 @@ def test_process_killed_while_it_writes_leaves_a_whole_checkpoint(tmp_path: Path
     assert torch.equal(found["model"]["w"], big + found["step"] if found["step"] > 1 else big)
 
 
+def test_half_a_checkpoint_of_a_killed_process_is_removed_by_the_resume(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "ckpt.pt", model={}, **PLAIN)
+    (tmp_path / ".ckpt.pt.k3j2h1.tmp").write_bytes(b"half")
+    with pytest.raises(UserError, match="not of other"):
+        checkpoint.load(tmp_path, recipe="other", config=PretrainConfig())
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
 def test_log_drops_what_comes_after_the_checkpoint_and_half_lines(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 2, "loss": 1.0}\n{"step": 4, "loss": 0.5}\n{"step": 6, "lo')

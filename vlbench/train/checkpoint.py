@@ -38,10 +38,14 @@ def save(path: Path, **content: Any) -> None:
 def load(folder: Path, *, recipe: str, config: Config) -> dict[str, Any] | None:
     """The checkpoint to go on from, or None where the run was stopped before its first.
 
+    What a process that was killed while it wrote has left beside it is removed.
+
     Raises:
         UserError: where the folder's run, finished or not, had another recipe or other settings, naming them.
     """
     path = folder / CHECKPOINT
+    for half_written in folder.glob(f".{CHECKPOINT}.*.tmp"):
+        half_written.unlink(missing_ok=True)
     found = read_checkpoint(path) if path.is_file() else None
     stored = found if found is not None else read_settings(folder)
     if stored is None:

@@ -97,7 +97,8 @@ def _root(args: argparse.Namespace) -> Path:
 def _model_row(card: ModelCard) -> tuple[str, ...]:
     size = f"{card.params / 1e6:.1f}M" if card.params else ""
     data = ", ".join(card.pretrain_data) if card.pretrain_data else "data not disclosed"
-    return (card.id, f"{card.loader}:{card.arch}", size, data)
+    tag = f".{card.weights}" if card.weights and "/" not in card.weights else ""  # a URL tells nobody which weights
+    return (card.id, f"{card.loader}:{card.arch}{tag}", size, data)
 
 
 def _summary(target: str) -> str:
