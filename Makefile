@@ -6,6 +6,7 @@ STAMP  := $(VENV)/.installed
 
 # Several processes share few cores here: an OpenMP pool that spins while it waits makes everything several times slower.
 export OMP_WAIT_POLICY ?= passive
+export GOMP_SPINCOUNT ?= 3000
 
 .PHONY: setup demo test test-slow check bench leaderboard clean
 

@@ -62,6 +62,7 @@ class ClipBenchmarkProbe:
     needs: ClassVar[frozenset[Part]] = frozenset({"image", "label"})
     requires: ClassVar[frozenset[Provides]] = frozenset({"pooled"})
     splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
+    peer: ClassVar[str] = "CLIP_benchmark"
 
     def predict(self, encoder: Any, data: Any, config: Config) -> Rows:
         """Rows ``id, image, label, pred, rank, correct``."""
@@ -76,14 +77,16 @@ class ClipBenchmarkProbe:
         wd, meta = 0.0, {"chosen": {"weight_decay": 0.0}, "notes": []}
         if len(sources) == 2:
             checked = Checked.of(parts[1], labels[1], "acc1", device=encoder.device)
-            problem = Problem.of(
-                parts[0], labels[0], features[0].digests, n_classes=len(classes), device=encoder.device
+            # Not kept in a variable: it is gone from the device before the final fit brings all images there.
+            wd, meta = _choose_decay(
+                Problem.of(parts[0], labels[0], features[0].digests, device=encoder.device),
+                start,
+                checked,
+                training,
+                config,
             )
-            wd, meta = _choose_decay(problem, start, checked, training, config)
         digests = [image for part in features for image in part.digests]
-        everything = Problem.of(
-            np.concatenate(parts), np.concatenate(labels), digests, n_classes=len(classes), device=encoder.device
-        )
+        everything = Problem.of(np.concatenate(parts), np.concatenate(labels), digests, device=encoder.device)
         heads = train_heads(everything, start, [(config.lr, wd)], epochs=config.epochs, training=training)
         logits_NC = Checked.of(_normalised(found), test_labels_N, "acc1", device=encoder.device).logits(heads, 0)
         if not np.isfinite(logits_NC).all():

@@ -97,9 +97,7 @@ class _Task:
     def problem(self, rows: np.ndarray | slice = slice(None)) -> Problem:
         """Some of the images."""
         digests = np.array(self.digests)[rows].tolist()
-        return Problem.of(
-            self.features_ND[rows], self.labels[rows], digests, n_classes=len(self.start[1]), device=self.device
-        )
+        return Problem.of(self.features_ND[rows], self.labels[rows], digests, device=self.device)
 
 
 class ElevaterProbe:
@@ -111,6 +109,11 @@ class ElevaterProbe:
     needs: ClassVar[frozenset[Part]] = frozenset({"image"})
     requires: ClassVar[frozenset[Provides]] = frozenset({"pooled"})
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
+    peer: ClassVar[str] = "ELEVATER"
+
+    def reads_prompts(self, config: Config) -> bool:
+        """Whether class names and templates decide the number."""
+        return config.head == "language"
 
     def predict(self, encoder: Any, data: Any, config: Config) -> Rows:
         """Rows of the last epoch, as of ``linear`` or ``linear_multilabel``, and of the best on test (``..._best``)."""

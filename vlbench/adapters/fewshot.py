@@ -66,7 +66,7 @@ class FewShot:
         }
         notes, chosen = overlap_note(known.digests, found.digests), {}
         for shots in config.shots:
-            ranks_SN, margins_SN, record = [], [], []
+            ranks_SN, margins_SN, record, unfinished = [], [], [], 0
             for seed in config.seeds:
                 draw = draw_shots(known.digests, train_labels_N, shots, seed=seed, folds=config.folds)
                 features_ND, drawn_N = known.pooled_ND[draw.rows], train_labels_N[draw.rows]
@@ -75,6 +75,7 @@ class FewShot:
                 rank_N = decide(scores_NC, labels_N, ids=found.ids, classes=classes)[1]
                 ranks_SN.append(rank_N)
                 margins_SN.append(levels(scores_NC[:, 1] - scores_NC[:, 0]))
+                unfinished += not fit.converged
                 found_of = {"C": c, "at_grid_edge": config.at_grid_edge(c)}
                 right = float((rank_N == 1).mean())
                 record.append({"seed": seed, **found_of, "images": len(drawn_N), "acc1": right})
@@ -83,6 +84,8 @@ class FewShot:
                 columns[f"score@{shots}"] = np.stack(margins_SN, axis=1).astype(np.float32)
             chosen[f"@{shots}"] = record
             notes += _notes(known.digests, train_labels_N, shots, len(classes))
+            if unfinished:
+                notes.append(f"{unfinished} fits to {shots} shots stopped at {config.max_iterations} iterations")
             notes += spread_note(f"acc1@{shots}", [draw["acc1"] for draw in record])
         majority = majority_guess(train_labels_N, labels_N)
         chance = {"acc1": majority, "mean_per_class_recall": 1 / len(classes)}

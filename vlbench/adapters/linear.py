@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import Field, PositiveFloat, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, PositiveFloat, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from vlbench.adapters.common.classification import (
     chance_of,
@@ -53,7 +53,23 @@ class Config(BaseConfig):
     held_out: float = Field(default=0.2, gt=0, lt=1, description="share of train held out where there is no val split")
     max_iterations: int = Field(default=1000, ge=1, description="of L-BFGS (CLIP A.3)")
     tolerance: float = Field(default=1e-5, gt=0, description="largest gradient entry of the final fit")
-    search_tolerance: float = Field(default=1e-4, gt=0, description="largest gradient entry while C is searched")
+    search_tolerance: float = Field(
+        default=1e-4,
+        gt=0,
+        description="largest gradient entry while C is searched; of `search: grid` ten times its square is the share of "
+        "the objective that a fit may leave",
+    )
+
+    @property
+    def path_tolerance(self) -> float:
+        """The share of the objective that a fit of the path may leave: it falls with the square of the gradient."""
+        return 10 * self.search_tolerance**2
+
+    @model_validator(mode="after")
+    def _grid_has_a_search(self) -> Config:
+        if self.c_grid and self.search != "grid":
+            raise ValueError("c_grid is read by `search: grid` alone: add it, or leave c_grid out")
+        return self
 
     @model_serializer(mode="wrap")
     def _without_unused(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -134,14 +150,17 @@ def search_c(
     """The C that is best on ``val``: highest accuracy, then lowest log-loss, then strongest penalty.
 
     Returns:
-        ``c``, ``val_accuracy``, ``fits`` (how many were made), ``edge`` (whether C is the first or last of the grid).
+        ``c``, ``val_accuracy``, ``fits`` (how many were made), ``edge`` (whether C is the first or last of the grid),
+        ``unconverged`` (how many fits of a path were given up on).
     """
     grid = np.logspace(np.log10(config.c_low), np.log10(config.c_high), config.c_steps + 1)
     if config.search == "grid":
         grid = np.unique(config.c_grid) if config.c_grid else grid
-        qualities = [_quality(fit.logits(val_ND), val_labels_N) for fit in problem.path(grid)]
-        chosen = max(range(len(grid)), key=lambda index: (qualities[index], -index))
-        return _found(grid, chosen, accuracy=qualities[chosen][0], fits=len(grid))
+        path = problem.path(grid, tolerance=config.path_tolerance, max_iterations=config.max_iterations)
+        judged = [(_quality(fit.logits(val_ND), val_labels_N), fit.converged) for fit in path]
+        chosen = max(range(len(grid)), key=lambda index: (judged[index][0], -index))
+        unconverged = sum(not converged for _, converged in judged)
+        return _found(grid, chosen, accuracy=judged[chosen][0][0], fits=len(grid), unconverged=unconverged)
     tried: dict[int, tuple[tuple[float, float], Fit]] = {}
 
     def attempt(index: int) -> None:
@@ -172,9 +191,10 @@ def search_c(
     return _found(grid, chosen, accuracy=tried[chosen][0][0], fits=len(tried))
 
 
-def _found(grid: np.ndarray, chosen: int, *, accuracy: float, fits: int) -> dict[str, Any]:
+def _found(grid: np.ndarray, chosen: int, *, accuracy: float, fits: int, unconverged: int = 0) -> dict[str, Any]:
     edge = len(grid) > 1 and chosen in (0, len(grid) - 1)
-    return {"c": float(grid[chosen]), "val_accuracy": accuracy, "fits": fits, "edge": edge}
+    counts = {"fits": fits, "unconverged": unconverged}
+    return {"c": float(grid[chosen]), "val_accuracy": accuracy, "edge": edge, **counts}
 
 
 def _choosing_set(
@@ -206,6 +226,8 @@ def _search_and_fit(
         found = search_c(problem, train_ND[usable], np.searchsorted(classes, labels_N[usable]), config)
         if found["edge"]:
             notes.append(f"the best C, {found['c']:g}, is at the edge of the grid")
+        if found["unconverged"]:
+            notes.append(f"{found['unconverged']} of {found['fits']} fits of the path did not converge")
     classes, dense_N = np.unique(labels_N, return_inverse=True)
     problem = SoftmaxRegression(train_ND, dense_N, len(classes), device=device)
     fit = problem.fit(found["c"], tolerance=config.tolerance, max_iterations=config.max_iterations)

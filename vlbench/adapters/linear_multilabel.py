@@ -1,9 +1,10 @@
 """Linear probe of images with several labels: one-vs-rest logistic regression on frozen pooled features.
 
 One C for all classes is chosen on data that are never reported, by the metric itself: on the validation split, or,
-where there is none, on a fifth of the training images, held out by content. The search and its grid are those of
-``linear``. The classifiers are then fitted again on training and validation images together. A label of -1 is left out
-of that class's loss; a class whose training images are all positive, or all not, scores every image the same.
+where there is none, on a fifth of the training images, held out by content. The grid is that of ``linear``; all of its
+coarse values are tried before any finer one. The classifiers are then fitted again on training and validation images
+together. A label of -1 is left out of that class's loss; a class whose training images are all positive, or all not,
+scores every image the same.
 
 Shape suffixes: N images, D pooled width, C classes.
 """
@@ -96,7 +97,7 @@ class LinearMultilabel:
 def _choose_c(
     features_ND: np.ndarray, labels_NC: np.ndarray, choosing_N: np.ndarray, *, config: Config, device: str
 ) -> tuple[float, dict[str, Any]]:
-    """The C that is best on the images held out, and what to record of the search; ties go to the strongest penalty."""
+    """The C that is best on the images held out, of equals the one tried first, and what to record of the search."""
     grid = np.logspace(np.log10(config.c_low), np.log10(config.c_high), config.c_steps + 1)
     metric, held_NC = METRICS[config.chosen_by], labels_NC[choosing_N]
     options = {"tolerance": config.search_tolerance, "max_iterations": config.max_iterations}

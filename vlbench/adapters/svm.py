@@ -49,6 +49,7 @@ class SVM:
     needs: ClassVar[frozenset[Part]] = frozenset({"image", "labels"})
     requires: ClassVar[frozenset[Provides]] = frozenset({"pooled"})
     splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
+    peer: ClassVar[str] = "VirTex"
 
     def predict(self, encoder: Any, data: Any, config: Config) -> Rows:
         """Rows ``id, image, labels, scores``; the scores are distances from the hyperplane."""

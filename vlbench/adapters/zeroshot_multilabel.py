@@ -18,6 +18,7 @@ from vlbench.adapters.common.classification import estimates, unit
 from vlbench.adapters.common.multilabel import multilabel_outcomes, multilabel_rows, multilabels_of
 from vlbench.adapters.common.prompts import class_embeddings, templates_of
 from vlbench.core.config import Config as BaseConfig
+from vlbench.core.errors import UserError
 from vlbench.core.types import Estimate, Outcomes, Part, Provides, Rows
 
 SCALE = 100.0
@@ -47,6 +48,8 @@ class ZeroShotMultilabel:
         source = data.split("test")
         labels_NC = multilabels_of(source)
         classes, templates = list(data.classnames), templates_of(data)
+        if config.softmax and len(classes) < 2:
+            raise UserError(f"{data.spec}: a softmax over one class says nothing; leave the protocol's softmax out")
         class_CE = class_embeddings(encoder, classes, templates)
         features = encoder.images(source)
         scores_NC = unit(features.embed_NE) @ class_CE.T

@@ -150,6 +150,11 @@ class TaskCard(Config):
         sizes = dataset_cards()[self.dataset].sizes if self.dataset is not None else {}
         return dict(sizes.items())
 
+    @property
+    def expected_classes(self) -> int | None:
+        """The published number of classes, where the data set's card has it."""
+        return dataset_cards()[self.dataset].n_classes if self.dataset is not None else None
+
     def fingerprint(self) -> str:
         """Changes with anything that can move a number: protocol, metric, splits, prompts.
 

@@ -20,7 +20,7 @@ def class_names(lines: Sequence[str], own: Sequence[str], *, where: str) -> tupl
     Args:
         lines: one class name a line by label; or ``own name<TAB>class name``, in any order and for more classes than
             the data have: then the data's order rules and a subset (ImageNet-A) needs no file of its own. Several own
-            names may stand before the class name.
+            names may stand before the class name, which is an own name too.
         own: the data's own class names by label.
         where: what to call the data in an error.
 
@@ -38,15 +38,22 @@ def class_names(lines: Sequence[str], own: Sequence[str], *, where: str) -> tupl
         for key in keys:
             if table.setdefault(key, name) != name:
                 raise UserError(f"class names: {key!r} stands for both {table[key]!r} and {name!r}")
-    missing = [name for name in own if name not in table]
-    if len(missing) == len(own) and not any(_CODE.fullmatch(name) for name in own):
+    if not any(name in table or _CODE.fullmatch(name) for name in own):
         return tuple(own)
+    # Shards may call some classes by the table's own name and others by the task's (FER 2013: angry, disgusted).
+    table = {name: name for name in table.values()} | table
+    missing = [name for name in own if name not in table]
     if missing:
         raise UserError(
             f"data {where!r}: {len(missing)} of {len(own)} classes are not in the task's table of class names, for "
             f"instance {missing[0]!r}; are these the data that the task means?"
         )
     return tuple(table[name] for name in own)
+
+
+def are_numbers(names: Sequence[str]) -> bool:
+    """Whether every class name is a number, of which a prompt says nothing to a text tower."""
+    return bool(names) and all(name.isdecimal() for name in names)
 
 
 def clean_classname(name: str) -> str:

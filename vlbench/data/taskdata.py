@@ -22,7 +22,7 @@ from vlbench.core.errors import UserError
 from vlbench.core.fingerprint import fingerprint
 from vlbench.core.types import Source
 from vlbench.data.digests import image_digests, source_fingerprint
-from vlbench.data.prompting import class_names
+from vlbench.data.prompting import are_numbers, class_names
 from vlbench.data.sources import UNSPLIT, Subset, canonical_split, list_splits, open_source
 from vlbench.data.spec import local_path, parse_spec
 
@@ -51,7 +51,7 @@ class TaskData:
         pretrained_on: Sequence[str] | None = None,
     ) -> None:
         self.spec = spec
-        self.notes: tuple[str, ...] = ()
+        self._notes: tuple[str, ...] = ()
         self._classes = tuple(classes) if classes is not None else None
         self._templates = tuple(templates) if templates is not None else None
         self._pretrained_on = tuple(pretrained_on or ())
@@ -81,10 +81,16 @@ class TaskData:
         return self._opened[role]
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to say of the division, and of class names that prompts are to be made of."""
+        if self._templates is None or self._classes is not None or not are_numbers(self._reported().classes or ()):
+            return self._notes
+        return (*self._notes, "class names are numbers, which say nothing in a prompt: give names with classnames.txt")
+
+    @property
     def classnames(self) -> tuple[str, ...]:
         """Class names by label. Raises UserError for data without labels."""
-        source = self.split("test" if self.has("test") else next(iter(self._plan)))
-        own = source.classes
+        own = self._reported().classes
         if own is None:
             raise UserError(f"data {self.spec!r}: they have no class labels")
         if self._classes is None:
@@ -96,7 +102,7 @@ class TaskData:
         """The given templates, else those beside the data, else None."""
         if self._templates is not None:
             return self._templates
-        return self.split("test" if self.has("test") else next(iter(self._plan))).templates
+        return self._reported().templates
 
     def fingerprint(self, roles: Iterable[str]) -> str:
         """One fingerprint of the content of several splits, each in its role."""
@@ -106,6 +112,9 @@ class TaskData:
                 self._fingerprints[role] = source_fingerprint(self.split(role))
             parts[role] = self._fingerprints[role]
         return fingerprint(parts)
+
+    def _reported(self) -> Source:
+        return self.split("test" if self.has("test") else next(iter(self._plan)))
 
     def _roles(self, asked: Mapping[str, str]) -> dict[str, str | None]:
         """Role → the data's split; None for a part of unsplit data, ``all`` for the whole of it."""
@@ -119,19 +128,19 @@ class TaskData:
                 has = ", ".join(present) or "no splits"
                 raise UserError(f"data {self.spec!r}: the {role} split is to be {name!r}, but it has {has}")
         if present in ((), ("train",)) and "test" not in asked:
-            self.notes += ("the data have no test split: 60% train, 20% val, 20% test, drawn by image content",)
+            self._notes += ("the data have no test split: 60% train, 20% val, 20% test, drawn by image content",)
             seen = [spec for spec in self._pretrained_on if _same_data(spec, self.spec)]
             if seen:
                 warning = (
                     f"N.B. the model was pretrained on these very images, the test images among them ({seen[0]}): this "
                     "does not measure generalisation; divide the data into train/ and test/ before pretraining"
                 )
-                self.notes += (warning,)
+                self._notes += (warning,)
             return dict.fromkeys(_ROLES)
         plan: dict[str, str | None] = {name: name for name in present}
         plan |= asked
         if "test" not in plan and "val" in plan:
-            self.notes += ("the data have no test split: val is reported",)
+            self._notes += ("the data have no test split: val is reported",)
             plan["test"] = plan.pop("val")
         reported = plan.get("test")
         # Never choose on what is reported: another role may not read the same split.
@@ -147,6 +156,13 @@ class TaskData:
         if not self._made:
             self._made.update(content_split(whole))
         return Subset(whole, self._made[role], split=role)
+
+
+def class_notes(classes: Sequence[str] | None, expected: int | None) -> tuple[str, ...]:
+    """A note where data have another number of classes than the data set's card says."""
+    if classes is None or expected is None or len(classes) == expected:
+        return ()
+    return (f"{expected:,} classes expected, {len(classes):,} found",)
 
 
 def content_split(source: Source) -> dict[str, list[int]]:

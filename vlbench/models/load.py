@@ -35,7 +35,7 @@ def load_backbone(
     Args:
         spec: a run folder or checkpoint file, a reference card's id, ``timm:``, ``open_clip:``, ``torchvision:`` or
             ``hf:`` with a name, or ``pkg.mod:build``.
-        weights: a local file for that architecture; ``random`` or ``random:SEED`` for a fresh initialisation (seed 0
+        weights: a local file for that architecture, for ``hf:`` models also a folder with its files; ``random`` or ``random:SEED`` for a fresh initialisation (seed 0
             where none is given); None for the weights that ``spec`` itself names.
         name: the id under which results are stored, instead of the card's.
         device: where the weights go.
@@ -43,9 +43,9 @@ def load_backbone(
     Raises:
         UserError: one line that says what is wrong and what to write instead.
     """
-    source, seed = _parse_weights(weights)
-    target = _device(device)
     loader, ref, card = _resolve(spec)
+    source, seed = _parse_weights(weights, folders=loader == "hf")
+    target = _device(device)
     if card is not None and source is None:
         _check_named(card)
     backbone: Any = LOADERS.get(loader)(ref, weights=source, seed=seed)
@@ -57,8 +57,8 @@ def load_backbone(
     return backbone.to(target) if hasattr(backbone, "to") else backbone
 
 
-def _parse_weights(weights: str | None) -> tuple[str | None, int]:
-    """``weights`` as None, ``"random"`` or an existing file, and the seed."""
+def _parse_weights(weights: str | None, *, folders: bool) -> tuple[str | None, int]:
+    """``weights`` as None, ``"random"`` or an existing file (with ``folders``, or folder), and the seed."""
     if weights is None:
         return None, 0
     word, separator, number = weights.partition(":")
@@ -66,6 +66,8 @@ def _parse_weights(weights: str | None) -> tuple[str | None, int]:
         if separator and not number.isdecimal():
             raise UserError(f"--weights {weights}: write it as random or random:SEED, for instance random:1")
         return RANDOM, int(number or 0)
+    if folders and Path(weights).expanduser().is_dir():
+        return str(Path(weights).expanduser()), 0
     try:
         return str(existing_file(weights)), 0
     except UserError as error:
@@ -174,7 +176,7 @@ def _relabelled(card: ModelCard, weights: str | None, seed: int) -> ModelCard:
             "published": (),
         }
         return card.model_copy(update=update)
-    if card.sha256 is not None and _sha256(Path(weights)) == card.sha256:
+    if card.sha256 is not None and Path(weights).is_file() and _sha256(Path(weights)) == card.sha256:
         return card
     file = Path(weights)
     update = {"id": f"{card.id}@{file.stem}", "weights": file.name, "sha256": None, "published": ()}

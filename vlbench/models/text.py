@@ -12,7 +12,7 @@ whatever the texts beside it, and a compiled tower sees five shapes instead of 7
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch import nn
 from vlbench.core.cards import TextSpec
 from vlbench.core.config import Config
 from vlbench.core.errors import UserError
+from vlbench.models.loaders.shared import TOKENIZER_PACKAGES, hub_offline_without_network, quiet_logging
 
 _LENGTH_STEP = 16
 _CACHED_TEXTS = 100_000  # token tuples kept per tokenizer: about 30 MB; prompts and captions come back every epoch
@@ -130,18 +131,30 @@ class Tokenizer:
         spec: which tokenizer and context.
         trim: pad to the longest text only (in steps of 16). False for towers that are not causal, or not read at
             the end-of-text token.
+        place: where open_clip finds the tokenizer, where that is not the name that ``spec`` has for it.
+
+    A model's own tokenizer is looked for when the first text comes: it may be on the hub alone, and linear and knn
+    read no text.
+
+    Raises:
+        UserError: for an unknown name; at the first text, for files that are not here and cannot be had.
     """
 
-    def __init__(self, spec: TextSpec, *, trim: bool = True) -> None:
+    def __init__(self, spec: TextSpec, *, trim: bool = True, place: str | None = None) -> None:
+        library, _, model = spec.tokenizer.partition(":")
+        if library != "open_clip":
+            raise UserError(f"unknown tokenizer {spec.tokenizer!r}; known: 'open_clip', 'open_clip:<model>'")
         self.spec = spec
-        self._encoder = _encoder(spec)
-        self._trim = trim and hasattr(self._encoder, "eot_token_id")
+        self._place = place or model
+        self._may_trim = trim
         self._known: dict[str, tuple[int, ...]] = {}
+        if not model:
+            assert self._encoder, "made here, so that the processes of a data loader share it"
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """``tokens_BL``, int64, padded with zeros."""
         assert not isinstance(texts, str), "a list of texts, not one text"
-        if not self._trim:
+        if not (self._may_trim and hasattr(self._encoder, "eot_token_id")):
             return self._encoder(list(texts), context_length=self.spec.context_length)
         rows = [self._tokens(text) for text in texts]
         longest = max(map(len, rows), default=1)
@@ -150,6 +163,10 @@ class Tokenizer:
         for row_L, ids in zip(tokens_BL, rows, strict=True):
             row_L[: len(ids)] = torch.tensor(ids)
         return tokens_BL
+
+    @cached_property
+    def _encoder(self) -> Any:
+        return _named_encoder(self.spec.tokenizer, self._place) if self._place else _byte_pair_encoder()
 
     def _tokens(self, text: str) -> tuple[int, ...]:
         found = self._known.get(text)
@@ -166,19 +183,26 @@ class Tokenizer:
         return found
 
 
-def _encoder(spec: TextSpec) -> Any:
-    library, _, model = spec.tokenizer.partition(":")
-    if library != "open_clip":
-        raise UserError(f"unknown tokenizer {spec.tokenizer!r}; known: 'open_clip', 'open_clip:<model>'")
-    if not model:
-        return _byte_pair_encoder()
+def _named_encoder(name: str, place: str) -> Any:
+    """The tokenizer of the open_clip model ``place``."""
     import open_clip
 
     try:
-        return open_clip.get_tokenizer(model)
+        with quiet_logging(), hub_offline_without_network():
+            return open_clip.get_tokenizer(place)
+    except ImportError as error:
+        raise UserError(f"tokenizer {name!r} needs a package: pip install {TOKENIZER_PACKAGES} ({error})") from None
     except Exception as error:  # the tokenizers library and the hub raise what they like
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"tokenizer {spec.tokenizer!r} cannot be made here: {reason}") from None
+        reason = " ".join(str(error).split())[:120]
+        config = open_clip.get_model_config(place) or {}
+        repository = config.get("text_cfg", {}).get("hf_tokenizer_name")
+        source = f"huggingface.co/{repository}" if repository else "the model's repository"
+        raise UserError(
+            f"tokenizer {name!r} is not on this machine and cannot be downloaded ({reason}); fetch tokenizer.json, "
+            f"tokenizer_config.json and special_tokens_map.json from {source} elsewhere, put them into one folder with "
+            "open_clip_config.json and open_clip_model.safetensors, and pass --model open_clip:local-dir:FOLDER; "
+            "linear and knn need no tokenizer"
+        ) from None
 
 
 @cache

@@ -11,6 +11,7 @@ from vlbench.core.names import unknown
 from vlbench.core.types import Result
 from vlbench.report.columns import OutcomesOf, Protocol
 from vlbench.report.legend import NOTHING_KNOWN, NotesOf
+from vlbench.report.settings import run_settings
 from vlbench.report.tables import escape, interval, markdown_table, p_value, percent
 from vlbench.stats.paired import PairedTest, compare_outcomes
 from vlbench.stats.ranking import ALPHA, holm
@@ -168,18 +169,11 @@ def _mixed_weights(results: Sequence[Result]) -> str | None:
     return f"{results[0].model.name}: its results come from {len(prints)} different weights or preprocessings"
 
 
-_NO_SETTINGS = frozenset({"bf16_difference", "processes"})
-"""Kept among the settings: what a spread found, and how many processes shared the work, which moves no number."""
-
-
 def _different_settings(pairs: Sequence[tuple[Result, Result]]) -> list[str]:
     """Settings of the runs (precision, device) that are not the same on both sides."""
     found: dict[str, set[str]] = {}
     for mine, theirs in pairs:
-        left, right = (
-            flatten({key: value for key, value in result.settings.items() if key not in _NO_SETTINGS})
-            for result in (mine, theirs)
-        )
+        left, right = (flatten(run_settings(result)) for result in (mine, theirs))
         for key in sorted(left.keys() | right.keys()):
             if left.get(key) != right.get(key):
                 found.setdefault(f"{key}: A {left.get(key)}, B {right.get(key)}", set()).add(mine.task)

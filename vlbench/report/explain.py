@@ -15,13 +15,10 @@ from vlbench.core.errors import UserError
 from vlbench.core.fingerprint import fingerprint
 from vlbench.core.types import Estimate, Outcomes, Result
 from vlbench.report.page import Block, Bullets, Heading, Table, Text
+from vlbench.report.settings import FINDINGS, chosen_settings, run_settings
 from vlbench.report.tables import MISSING, count, interval, p_value, percent
 from vlbench.stats.paired import PairedTest, compare_outcomes
 from vlbench.stats.ranking import holm
-
-_NO_SETTING = frozenset({"notes", "chance", "chosen", "fit"})
-"""What is stored with rows and is a finding, or is shown under another name."""
-
 
 _SAME_WEIGHTS = (
     "the weights are the same and the backbones are not: architecture, probed feature, image preprocessing or "
@@ -168,16 +165,16 @@ def facts(side: Evidence, *, rows: bool = True) -> dict[str, str]:
             "chance": None if result.chance is None else percent(result.chance),
         },
         "setting": flatten(result.config),
-        "chosen": flatten(result.chosen),
+        "chosen": chosen_settings(result.chosen),
         "data": {
             "content": result.data.fingerprint,
             "split": result.data.split,
             "examples": result.data.n,
             "found at": result.data.spec,
-            **flatten({key: value for key, value in meta.items() if key not in _NO_SETTING}),
+            **flatten({key: value for key, value in meta.items() if key not in FINDINGS}),
             "notes": "; ".join(meta.get("notes", ())) or None,
         },
-        "run": flatten(result.settings),
+        "run": flatten(run_settings(result)),
         "version": {**result.versions, "commit": result.commit},
     }
     return {f"{group}: {name}": _said(value) for group, named in groups.items() for name, value in named.items()}

@@ -194,10 +194,15 @@ def _model_row(label: str, results: Sequence[Result]) -> tuple[str, ...]:
 
 
 def _speed(results: Sequence[Result]) -> str:
-    """Median images per second for each device that it ran on."""
-    by_device: dict[str, list[float]] = {}
+    """Median images per second for each kind of device that it ran on, and number of processes that shared the work."""
+    by_machine: dict[tuple[str, int], list[float]] = {}
     for result in results:
         if result.images_per_second is not None:
-            by_device.setdefault(str(result.settings.get("device", "")), []).append(result.images_per_second)
-    speeds = [f"{statistics.median(by_device[device]):.0f} {device}".strip() for device in sorted(by_device)]
+            device = str(result.settings.get("device", "")).partition(":")[0]
+            machine = (device, int(result.settings.get("processes", 1)))
+            by_machine.setdefault(machine, []).append(result.images_per_second)
+    speeds = []
+    for device, processes in sorted(by_machine):
+        shared = f" ({processes} processes)" if processes > 1 else ""
+        speeds.append(f"{statistics.median(by_machine[device, processes]):.0f} {device}".strip() + shared)
     return ", ".join(speeds) or MISSING

@@ -6,7 +6,6 @@ must not be read without it: both stand under the table that shows the number.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -18,12 +17,6 @@ from vlbench.core.types import Result
 from vlbench.report.columns import Column
 
 PEER_MARK = "†"
-_PEER = re.compile(
-    r"\b[A-Z][\w-]*'s (?:[\w-]+ ){0,3}(?:protocol|probe|SVM|neighbours|evaluation|prompts|settings)\b"
-    r"|\bprotocol of\b|\bas [A-Z]\S* (?:does|reports|evaluates)\b"
-)
-"""How a task card's title says that it shows the protocol of another harness or paper."""
-
 
 NotesOf: TypeAlias = Callable[[Result], Sequence[str]]
 """The notes on the data that were stored with a result's rows."""
@@ -42,21 +35,24 @@ class Background:
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Adapter → its settings where a card says nothing."""
     notes_of: NotesOf = _no_notes
+    peers: Mapping[str, str] = field(default_factory=dict)
+    """Adapter → the harness or paper whose own protocol it is, where it is one's."""
 
 
 NOTHING_KNOWN = Background()
 
 
 def shows_peer(column: Column, background: Background) -> bool:
-    """Whether the column's card says in its title that the protocol is another harness's or paper's own."""
-    card = background.cards.get(column.protocol.task)
-    return card is not None and _PEER.search(card.title) is not None
+    """Whether the column's adapter is another harness's or paper's own protocol."""
+    return any(result.adapter in background.peers for result in column.results.values())
 
 
 def protocol_line(column: Column, background: Background) -> str:
     """One line: adapter, the settings that differ from its defaults, examples, title and source of the card."""
     result = next(iter(column.results.values()))
-    words = [f"`{result.adapter}` {_settings(result, background.defaults.get(result.adapter))}"]
+    peer = background.peers.get(result.adapter)
+    whose = "" if peer is None else f" ({peer}'s own protocol)"
+    words = [f"`{result.adapter}`{whose} {_settings(result, background.defaults.get(result.adapter))}"]
     card = background.cards.get(result.task)
     is_current = card is not None and (card.version, card.fingerprint()) == (
         column.protocol.version,

@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from vlbench.core.cards import ModelCard, Published, TaskCard
 from vlbench.core.types import Estimate, Result
-from vlbench.report.tables import MISSING, count, interval, percent
+from vlbench.report.tables import MISSING, count, interval
 
 TOLERANCE = 0.005
 """Half a point: what resizing in another library or another rounding of the prompts' mean is known to move."""
@@ -23,8 +23,12 @@ _FEWEST_DECIMALS = 3
 """Papers print a tenth of a point; a value's closing zeros (0.800) do not survive YAML."""
 _ROUNDING = 1e-9
 
-Status: TypeAlias = Literal["reproduced", "off", "other protocol", "metric missing", "refused", "not attempted"]
-"""Other protocol: the card says that the number was printed for another one, so that ours is not judged by it.
+Status: TypeAlias = Literal[
+    "reproduced", "off", "not comparable", "other protocol", "metric missing", "refused", "not attempted"
+]
+"""Not comparable: measured on other examples than published, or under an earlier card of the task; then a number within
+the tolerance still counts as reproduced, but no interval excuses one beyond it: it is wide where the examples are few.
+Other protocol: the card says that the number was printed for another one, so that ours is not judged by it.
 Refused: something is stored under the model's name and is no attempt at its number."""
 
 
@@ -40,7 +44,7 @@ class Verdict:
     note: str
     status: Status
     rule: str = ""
-    """Why it counts as reproduced: ``tolerance`` or ``interval``; why it was refused or not attempted, in words."""
+    """Why it counts as reproduced: ``tolerance`` or ``interval``; why it was refused or not judged, in words."""
     ours: float | None = None
     lo: float | None = None
     hi: float | None = None
@@ -56,11 +60,18 @@ class Verdict:
             case "reproduced":
                 return "reproduced (inside our interval)" if self.rule == "interval" else "reproduced"
             case "off":
-                return f"off by {percent(self.off_by or 0.0, signed=True)} points (interval {self.interval()})"
+                return f"off by {self._points()} points (interval {self.interval()})"
+            case "not comparable":
+                return f"not comparable ({self._points()} points): {self.rule}"
             case "other protocol":
-                return f"other protocol, not judged ({percent(self.off_by or 0.0, signed=True)} points)"
+                return f"other protocol, not judged ({self._points()} points)"
             case _:
                 return f"{self.status}: {self.rule}" if self.rule else self.status
+
+    def _points(self) -> str:
+        """How far off, with as many digits as were published: 0.52 points are not within half a point."""
+        digits = printed_decimals(self.published) - 2
+        return f"{round(100 * (self.off_by or 0.0), digits) + 0.0:+.{digits}f}"
 
     def interval(self) -> str:
         """Our 95% interval, or a dash."""
@@ -81,7 +92,8 @@ def verify(
         results: everything stored; what belongs to other models is passed over.
         tasks: today's task cards by name, for the version that a result should have.
         tolerance: as a fraction. A value is reproduced where ours, rounded to the digits that were printed (a tenth of
-            a point at least), differs by no more, or else where it lies within our 95% interval.
+            a point at least), differs by no more, or else where it lies within our 95% interval and ours was measured
+            on the published number of examples, under today's card of the task.
     """
     verdicts = []
     for card in cards:
@@ -138,15 +150,25 @@ def _verdict(
         return Verdict(**words, status="metric missing", rule=f"the stored result has {has}")
     ours = result.estimates[row.metric]
     off_by = round(ours.value, printed_decimals(row.value)) - row.value
-    status, rule = _judge(row.value, ours, off_by, tolerance) if row.comparable else ("other protocol", "")
+    other = _other_measurement(result, tasks.get(result.task))
+    status: Status = "other protocol"
+    rule, remarks = "", [*other, *_remarks(card, result, results, tasks)]
+    if row.comparable:
+        status, rule = _judge(row.value, ours, off_by, tolerance, other=other)
+    if status == "not comparable":
+        remarks = remarks[len(other) :]  # the rule says them
     words |= {"status": status, "rule": rule, "ours": ours.value, "lo": ours.lo, "hi": ours.hi}
-    words |= {"n": ours.n_clusters, "off_by": round(off_by, 9), "remarks": _remarks(card, result, results, tasks)}
+    words |= {"n": ours.n_clusters, "off_by": round(off_by, 9), "remarks": tuple(remarks)}
     return Verdict(**words)
 
 
-def _judge(published: float, ours: Estimate, off_by: float, tolerance: float) -> tuple[Status, str]:
+def _judge(
+    published: float, ours: Estimate, off_by: float, tolerance: float, *, other: Sequence[str]
+) -> tuple[Status, str]:
     if abs(off_by) <= tolerance + _ROUNDING:
         return "reproduced", "tolerance"
+    if other:
+        return "not comparable", "; ".join(other)
     lo, hi = (round(end, printed_decimals(published)) for end in (ours.lo, ours.hi))  # as a reader compares them
     return ("reproduced", "interval") if lo <= published <= hi else ("off", "")
 
@@ -163,20 +185,25 @@ def _right_version(results: Sequence[Result], card: TaskCard | None) -> Result:
     return max(results, key=lambda r: (card is not None and r.task_version == card.version, r.task_version))
 
 
-def _remarks(
-    card: ModelCard, result: Result, results: Sequence[Result], tasks: Mapping[str, TaskCard]
-) -> tuple[str, ...]:
-    said = []
-    task = tasks.get(result.task)
+def _other_measurement(result: Result, task: TaskCard | None) -> list[str]:
+    """Why ``result`` is not the measurement that the published number is of: another version, card or size."""
     if task is None:
-        said.append("there is no such task any more")
-    elif task.version != result.task_version:
+        return []
+    said = []
+    if task.version != result.task_version:
         said.append(f"measured on v{result.task_version} of the task, which is v{task.version} now")
     elif task.fingerprint() != result.task_fingerprint:
         said.append("the task's card has changed since")
-    expected = task.expected_sizes.get("test", result.data.n) if task is not None else result.data.n
+    expected = task.expected_sizes.get("test", result.data.n)
     if expected != result.data.n:
         said.append(f"measured on {result.data.n:,} examples, the published split has {expected:,}")
+    return said
+
+
+def _remarks(
+    card: ModelCard, result: Result, results: Sequence[Result], tasks: Mapping[str, TaskCard]
+) -> list[str]:
+    said = [] if result.task in tasks else ["there is no such task any more"]
     precision = result.settings.get("precision", "fp32")
     if precision != "fp32":
         said.append(f"measured in {precision}")
@@ -184,7 +211,7 @@ def _remarks(
         said.append("the results under this name come from several weights")
     if card.params is not None and result.model.params not in (None, card.params):
         said.append(f"{count(result.model.params)} parameters, the card says {count(card.params)}")
-    return tuple(said)
+    return said
 
 
 def render_verdicts(verdicts: Sequence[Verdict], *, every: bool = False) -> str:
@@ -217,14 +244,18 @@ def as_json(verdicts: Sequence[Verdict], tolerance: float) -> dict[str, Any]:
 
 
 def _row(verdict: Verdict, source: str) -> tuple[str, ...]:
-    printed = f"{100 * verdict.published:.{printed_decimals(verdict.published) - 2}f}"
+    decimals = printed_decimals(verdict.published)
+    printed, ours = (
+        MISSING if value is None else f"{100 * round(value, decimals):.{decimals - 2}f}"
+        for value in (verdict.published, verdict.ours)
+    )
     return (
         verdict.model,
         verdict.task,
         verdict.metric,
         printed,
         source,
-        MISSING if verdict.ours is None else f"{percent(verdict.ours)} {verdict.interval()}",
+        ours if verdict.ours is None else f"{ours} {verdict.interval()}",
         MISSING if verdict.n is None else f"{verdict.n:,}",
         "; ".join([verdict.words(), *verdict.remarks]),
     )

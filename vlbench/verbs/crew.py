@@ -26,6 +26,8 @@ from vlbench.core.errors import RunError, UserError
 
 PATIENCE = timedelta(hours=24)
 """A process may wait as long for another's share, or for a classifier to be fitted."""
+_GONE = "a process that torchrun started is gone"
+_APART = "the processes that torchrun started do not find one another"
 
 
 class Lost(RunError):
@@ -64,6 +66,8 @@ class Crew:
     world: int = 1
     scratch: Path | None = None
     """A folder of this call that all of them see, for features that are not kept."""
+    local: int = 1
+    """How many of them are on this machine and share its cores."""
     place: Place | None = field(default=None, init=False)
     """The data of the task at hand, said to the others with every order."""
 
@@ -141,22 +145,36 @@ class Crew:
         return box[0]
 
 
+def started_together() -> int:
+    """How many processes ``torchrun`` started, this one among them; 1 where it did not start this one.
+
+    A scheduler may set ``WORLD_SIZE`` for a process that runs alone; ``RANK`` beside it is torchrun's.
+    """
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[Crew]:
-    """The processes that ``torchrun`` started, this one among them; alone where it did not start this one."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1 or "RANK" not in os.environ:
+    """The processes that ``torchrun`` started, this one among them; alone where it did not start this one.
+
+    Raises:
+        Lost: where they do not find one another.
+    """
+    world = started_together()
+    if world == 1:
         yield Crew()
         return
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    with _reaching_all(_APART):
+        dist.init_process_group("gloo", timeout=PATIENCE)
     rank = dist.get_rank()
     folder = tempfile.mkdtemp(prefix="vlbench-") if rank == 0 else ""
     try:
         box = [folder]
-        dist.broadcast_object_list(box, src=0)
-        yield Crew(rank, world, Path(box[0]))
+        with _reaching_all(_APART):
+            dist.broadcast_object_list(box, src=0)
+        yield Crew(rank, world, Path(box[0]), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     finally:
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
@@ -169,9 +187,11 @@ def own_device(name: str | None) -> str | None:
     Raises:
         UserError: where they would all take the same one, or there are too few.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or name not in (None, "cuda"):
-        if name is not None and name.startswith("cuda:") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(f"--device {name}: every process of torchrun would take this one; say --device cuda")
+    if started_together() == 1:
+        return name
+    if name is not None and name.startswith("cuda:"):
+        raise UserError(f"--device {name}: every process of torchrun would take this one; say --device cuda")
+    if name not in (None, "cuda"):
         return name
     import torch
 
@@ -195,8 +215,9 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _reaching_all() -> Iterator[None]:
+def _reaching_all(trouble: str = _GONE) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # what torch.distributed raises for a closed connection or a spent patience
-        raise Lost(f"a process that torchrun started is gone ({str(error).splitlines()[0][:120]})") from None
+    # RuntimeError: a closed connection or a spent patience. ValueError: an address that torchrun would have set.
+    except (RuntimeError, ValueError) as error:
+        raise Lost(f"{trouble} ({str(error).splitlines()[0][:120]})") from None

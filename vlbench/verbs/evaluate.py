@@ -25,6 +25,7 @@ from vlbench.core.errors import RunError, UserError
 from vlbench.core.fingerprint import fingerprint
 from vlbench.core.paths import data_root
 from vlbench.core.types import DataRef, Estimate, Result, Rows
+from vlbench.report.settings import features_version
 from vlbench.store.results import NO_EXAMPLES
 from vlbench.verbs import crew as crews
 from vlbench.verbs import machine
@@ -137,7 +138,8 @@ def prepare(choice: Choice, session: Session) -> Job:
     if missing:
         raise Unsuitable(f"{session.model.name} has no {_what_is_missing(missing)}")
     config = parse(adapter.Config, card.protocol, where=f"task {card.name}, protocol")
-    with_prompts = "text" in adapter.requires or bool(card.prompts.templates)
+    prompted = _reads_prompts(adapter, config)
+    with_prompts = prompted or "text" in adapter.requires or bool(card.prompts.templates)
     data = _open_data(choice, session, with_prompts=with_prompts)
     for split in adapter.splits:
         if split not in OPTIONAL_SPLITS and not data.has(split):
@@ -149,7 +151,7 @@ def prepare(choice: Choice, session: Session) -> Job:
     if absent:
         raise Unsuitable(f"{choice.spec} has no {' and no '.join(sorted(absent))}")
     content = {"data": data.fingerprint(tuple(splits)), "classes": list(reported.classes or ())}
-    if adapter.needs & {"label", "labels"} and "text" in adapter.requires:
+    if prompted:
         content |= {"classes": list(data.classnames), "templates": list(data.templates)}
     ref = DataRef(spec=choice.said, split=reported.split, n=len(reported), fingerprint=fingerprint(content))
     sizes = {split: len(data.split(split)) for split in splits}
@@ -217,6 +219,7 @@ def stored_result(job: Job, session: Session) -> Result | None:
         "task": old.task_fingerprint != card.fingerprint() or old.config != job.config.model_dump(mode="json"),
         "data": old.data.fingerprint != job.data_ref.fingerprint,
         "precision": old.settings.get("precision") != session.settings["precision"],
+        "features (another vlbench made them)": features_version(old) != session.settings["features_version"],
         "code (for all that is known)": not session.encoder.code_is_known,
     }
     if differs["data"] and not card.data:  # a folder's name is all that tells the user's own data apart here
@@ -244,19 +247,46 @@ def _run_one(choice: Choice, session: Session, place: str) -> Done:
     print(f"{place}: {job.data_ref.n:,} examples of {job.data_ref.spec}", flush=True)
     try:
         result, rows = measure(job, session)
-        if session.spread:
-            difference = bf16_difference(result, rows, job, session.encoder_in("bf16"))
-            result = result.model_copy(update={"settings": {**result.settings, "bf16_difference": difference}})
     finally:
-        if session.encoder.progress is not None:
-            session.encoder.progress.close()
+        _end_progress(session)
     result = session.results.save(result, rows)
     _say_notes(rows)
     headline = result.estimates[result.metric]
     print(f"  {result.metric} {percent(headline)}, {sum(result.seconds.values()):.1f} s", flush=True)
     if session.spread:
-        say_difference(result)
+        result = _with_spread(result, rows, job, session)
     return Done(result, reused=False)
+
+
+def _with_spread(result: Result, rows: Rows, job: Job, session: Session) -> Result:
+    """``result``, stored once more with what bf16 changes; as it is, and one note, where bf16 fails."""
+    try:
+        try:
+            difference = bf16_difference(result, rows, job, session.encoder_in("bf16"))
+        finally:
+            _end_progress(session)
+    except crews.Lost:
+        raise
+    except Exception as error:
+        line = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        print(f"  note: what bf16 changes is not known, the fp32 result is stored: {line}", flush=True)
+        return result
+    settings = {**result.settings, "bf16_difference": difference}
+    result = session.results.save(result.model_copy(update={"settings": settings}), rows)
+    say_difference(result)
+    return result
+
+
+def _end_progress(session: Session) -> None:
+    if session.encoder.progress is not None:
+        session.encoder.progress.close()
+
+
+def _reads_prompts(adapter: Any, config: Config) -> bool:
+    """Whether class names and templates decide the number; an adapter that it depends on says so itself."""
+    if hasattr(adapter, "reads_prompts"):
+        return bool(adapter.reads_prompts(config))
+    return bool(adapter.needs & {"label", "labels"}) and "text" in adapter.requires
 
 
 def _size_notes(found: Mapping[str, int], expected: Mapping[str, int]) -> list[str]:

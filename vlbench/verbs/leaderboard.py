@@ -63,10 +63,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def background_of(results: Iterable[Result], outcomes: StoredOutcomes) -> Background:
-    """Task cards, the defaults of every adapter among ``results``, and their notes."""
+    """Task cards, the defaults of every adapter among ``results`` and whose protocol it is, and their notes."""
     from vlbench.core.cards import task_cards
     from vlbench.report.legend import Background
-    from vlbench.verbs.outcomes import adapter_defaults
+    from vlbench.verbs.outcomes import adapter_defaults, adapter_peer
 
     names = sorted({result.adapter for result in results})
-    return Background(task_cards(), {name: adapter_defaults(name) for name in names}, outcomes.notes)
+    peers = {name: peer for name in names if (peer := adapter_peer(name)) is not None}
+    return Background(task_cards(), {name: adapter_defaults(name) for name in names}, outcomes.notes, peers)

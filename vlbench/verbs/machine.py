@@ -37,9 +37,12 @@ def choose_device(name: str | None) -> str:
     return name
 
 
-def choose_workers(count: int | None) -> int:
-    """``count``, or one process for each core that this one may use, eight at most."""
-    return count if count is not None else min(8, len(os.sched_getaffinity(0)))
+def choose_workers(count: int | None, *, sharing: int = 1) -> int:
+    """``count``, or one process for each core that this one may use, eight at most.
+
+    ``sharing`` processes on this machine do the same: each takes its part of the cores, one at least.
+    """
+    return count if count is not None else max(1, min(8, len(os.sched_getaffinity(0)) // sharing))
 
 
 def keep_freed_memory() -> None:

@@ -90,6 +90,12 @@ def outcomes_of_rows(result: Result, rows: Rows, path: Path) -> Mapping[str, Out
     return outcomes
 
 
+def adapter_peer(name: str) -> str | None:
+    """Whose own protocol the adapter ``name`` is; None: nobody else's."""
+    peer: str | None = getattr(ADAPTERS.get(name), "peer", None)
+    return peer
+
+
 def adapter_defaults(name: str) -> dict[str, Any]:
     """The settings of the adapter ``name`` where a task card says nothing."""
     defaults: dict[str, Any] = ADAPTERS.get(name).Config().model_dump(mode="json")

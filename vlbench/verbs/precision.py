@@ -27,27 +27,27 @@ def bf16_difference(result: Result, rows: Rows, job: Job, encoder: Encoder) -> d
 
     Returns:
         ``metric``: the headline's name, ``difference``: its bf16 value minus its fp32 value, ``predictions_changed``:
-        the share of examples (of queries, for retrieval) of which the model says something else.
+        the share of examples (of queries, for retrieval) of which the model says something else; not where the metric
+        is a ranking's (``map11``, say), in which every example moves a little with any other.
     """
     other = job.adapter.predict(encoder, job.data, job.config)
     value = job.adapter.score(other, job.config)[result.metric].value
-    return {
-        "metric": result.metric,
-        "difference": value - result.estimates[result.metric].value,
-        "predictions_changed": _share_changed(rows, other, job, result.metric),
-    }
+    found = {"metric": result.metric, "difference": value - result.estimates[result.metric].value}
+    changed = _share_changed(rows, other, job, result.metric)
+    return found if changed is None else {**found, "predictions_changed": changed}
 
 
 def say_difference(result: Result) -> None:
     """One line for a person."""
     found = result.settings["bf16_difference"]
-    changed = f"{100 * found['predictions_changed']:.2f}% of predictions changed"
-    print(f"  bf16: {found['metric']} {100 * found['difference']:+.2f} points, {changed}", flush=True)
+    share = found.get("predictions_changed")
+    changed = "" if share is None else f", {100 * share:.2f}% of predictions changed"
+    print(f"  bf16: {found['metric']} {100 * found['difference']:+.2f} points{changed}", flush=True)
 
 
-def _share_changed(rows: Rows, other: Rows, job: Job, metric: str) -> float:
+def _share_changed(rows: Rows, other: Rows, job: Job, metric: str) -> float | None:
     for column in _SAID_OF_AN_EXAMPLE:
         if column in rows.columns:
             return float(np.mean(np.asarray(rows[column]) != np.asarray(other[column])))
-    before, after = (job.adapter.outcomes(each, job.config)[metric].values for each in (rows, other))
-    return float(np.mean(before != after))
+    before, after = (job.adapter.outcomes(each, job.config)[metric] for each in (rows, other))
+    return None if before.pseudo else float(np.mean(before.values != after.values))

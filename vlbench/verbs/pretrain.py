@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vlbench.core.config import difference, override, parse
 from vlbench.core.errors import UserError
 from vlbench.core.names import slug, unknown
+from vlbench.data.shapes.reader import make_meanwhile
 from vlbench.verbs import machine
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ def pretrain(args: argparse.Namespace) -> Path:
     With ``args.resume``, what is typed goes on with the folder's own settings and may leave them out. A caller that
     sets ``args.exact`` means the preset with its changes and nothing else; a folder of another run is then an error.
     """
+    if not args.data and args.preset == "tiny" and os.environ.get("RANK", "0") == "0":
+        make_meanwhile()  # every tiny preset trains on the embedded world
     from vlbench.train import distributed
     from vlbench.train.loop import fit
 

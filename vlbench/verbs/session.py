@@ -61,12 +61,13 @@ class Session:
 
 def open_session(args: argparse.Namespace, crew: Crew) -> Session:
     """Load the model and prepare stores and encoders."""
-    from vlbench.adapters.encoder import Encoder
+    from vlbench.adapters.encoder import FEATURES_VERSION, Encoder
     from vlbench.models.backbone import backbone_fingerprint
     from vlbench.models.load import load_backbone
     from vlbench.models.user_code import has_known_code
 
     device = machine.choose_device(own_device(args.device))
+    _make_current(device)
     backbone = load_backbone(args.model, weights=args.weights, name=args.name, device=device)
     card = backbone.card
     model = ModelRef(
@@ -92,15 +93,24 @@ def open_session(args: argparse.Namespace, crew: Crew) -> Session:
             batch_size=args.batch_size,
             precision=precision,
             device=device,
-            workers=machine.choose_workers(args.workers),
+            workers=machine.choose_workers(args.workers, sharing=crew.local),
             progress=progress,
             share=crew.dealing(precision) if crew.world > 1 else None,
         )
 
     settings = {"precision": args.precision, "batch_size": args.batch_size, **machine.describe(device)}
+    settings["features_version"] = FEATURES_VERSION
     if crew.world > 1:
         settings["processes"] = crew.world
     provenance = {"versions": machine.versions(), "commit": machine.commit()}
     print(f"model: {model.name} ({card.arch}, weights {model.weights_hash}) on {settings['device_name']}")
     results = ResultStore(args.results)
     return Session(model, encode_with, results, settings, args.force, provenance, args.precision_spread, crew)
+
+
+def _make_current(device: str) -> None:
+    """Let torch use this GPU for what names none (pinned memory, say): else every process also fills the first one."""
+    if device.startswith("cuda:"):
+        import torch
+
+        torch.cuda.set_device(device)

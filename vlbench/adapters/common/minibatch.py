@@ -73,26 +73,27 @@ class Problem:
     """Training images in the order of their content, on the device."""
 
     features_ND: torch.Tensor
-    target_NC: torch.Tensor
-    """1 where present, else 0; one 1 a row with one label."""
+    target: torch.Tensor
+    """With one label an image the label, int64 ``(N,)``: as a row of zeros and a one a million images of a thousand
+    classes would be gigabytes. With several ``(N, C)``, 1 where present, else 0."""
     known_NC: torch.Tensor | None
     """0 where a label is to be ignored; None: all are known."""
 
     @staticmethod
-    def of(
-        features_ND: np.ndarray, labels: np.ndarray, digests: Sequence[str], *, n_classes: int, device: str
-    ) -> Problem:
+    def of(features_ND: np.ndarray, labels: np.ndarray, digests: Sequence[str], *, device: str) -> Problem:
         """From labels ``(N,)`` or, of several an image, ``(N, C)`` of 1, 0 and -1."""
         import torch
 
         order = content_order(digests, labels)
-        target_NC = np.eye(n_classes, dtype=np.float32)[labels] if labels.ndim == 1 else (labels == 1)
-        known_NC = None if labels.ndim == 1 or (labels >= 0).all() else labels >= 0
-        features, target, known = (
-            None if part is None else torch.from_numpy(part[order].astype(np.float32)).to(device)
-            for part in (features_ND, target_NC, known_NC)
-        )
-        return Problem(features, target, known)
+
+        def placed(part: np.ndarray, kind: type) -> torch.Tensor:
+            return torch.from_numpy(part[order].astype(kind, copy=False)).to(device)
+
+        features = placed(features_ND, np.float32)
+        if labels.ndim == 1:
+            return Problem(features, placed(labels, np.int64), None)
+        known = None if (labels >= 0).all() else placed(labels >= 0, np.float32)
+        return Problem(features, placed(labels == 1, np.float32), known)
 
 
 def content_order(digests: Sequence[str], labels: np.ndarray) -> np.ndarray:
@@ -189,7 +190,7 @@ class _Run:
     def _gradient(self, batch: torch.Tensor) -> torch.Tensor:
         import torch
 
-        features_BD, target_BC = self.problem.features_ND[batch], self.problem.target_NC[batch]
+        features_BD, target = self.problem.features_ND[batch], self.problem.target[batch]
         if self.training.batch_norm:
             variance_D, mean_D = torch.var_mean(features_BD, dim=0, correction=0)
             features_BD = (features_BD - mean_D) * (variance_D + BN_EPS).rsqrt()
@@ -200,12 +201,14 @@ class _Run:
         n_heads, n_classes, width = self.weight_KCD.shape
         logits_BKC = (features_BD @ self.weight_KCD.view(-1, width).T).view(-1, n_heads, n_classes)
         if not self.training.multilabel:
-            residual_BKC = (logits_BKC.softmax(dim=2) - target_BC[:, None]) / len(batch)
+            residual_BKC = logits_BKC.softmax(dim=2)
+            residual_BKC[torch.arange(len(batch), device=target.device), :, target] -= 1.0
+            residual_BKC /= len(batch)
         else:
-            residual_BKC = torch.sigmoid(logits_BKC) - target_BC[:, None]
+            residual_BKC = torch.sigmoid(logits_BKC) - target[:, None]
             known_BC = None if self.problem.known_NC is None else self.problem.known_NC[batch]
             if known_BC is None:
-                residual_BKC /= target_BC.numel()
+                residual_BKC /= target.numel()
             else:
                 residual_BKC *= known_BC[:, None] / known_BC.sum().clamp(min=1)
         return (residual_BKC.view(len(batch), -1).T @ features_BD).view_as(self.weight_KCD)

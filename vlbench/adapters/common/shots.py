@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from vlbench.core.config import Config as BaseConfig
 from vlbench.core.fingerprint import digest
@@ -18,7 +18,7 @@ from vlbench.core.fingerprint import digest
 class Config(BaseConfig):
     """Settings of a few-shot probe."""
 
-    shots: tuple[int, ...] = Field(
+    shots: tuple[PositiveInt, ...] = Field(
         default=(5, 20, 50), min_length=1, description="images a class (ELEVATER: 5, 20, 50)"
     )
     seeds: tuple[int, ...] = Field(

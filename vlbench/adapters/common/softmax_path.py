@@ -184,7 +184,8 @@ class _Line:
         right_change_N = change_CN.view(-1)[right_N]
         low, high, length = 0.0, float("inf"), 1.0
         for _ in range(LINE_STEPS):
-            point = _Point(logits_CN + length * change_CN, right_N)
+            here = length
+            point = _Point(logits_CN + here * change_CN, right_N)
             weighted_CN = point.p_CN * change_CN
             mean_N = weighted_CN.sum(dim=0)
             slope = float((mean_N - right_change_N).double().mean())
@@ -197,7 +198,7 @@ class _Line:
             if not low < length < high:
                 length = 0.5 * (low + high) if high < float("inf") else 2 * low
             length = min(length, 10 * low) if low > 0 and high == float("inf") else length
-        return length, point
+        return here, point  # not the length that would have been tried next
 
 
 def _centred(gradient_CQ: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +46,19 @@ def real_spec(spec: DataSpec) -> DataSpec:
         root = write_world(default_root(seed) / group, seed=seed, parts=GROUPS[group])
     kind = _READ_BY.get(part, "wds")
     return replace(spec, kind=kind, path=str(root / part), options={}, text=f"{kind}:{root / part}")
+
+
+def make_meanwhile(part: str = _DEFAULT_PART) -> None:
+    """Start making the part's group in another process where it is not there yet, and go on.
+
+    For a caller that is about to import torch, which takes one core several seconds and this nothing of it. Whoever
+    opens the data first waits at the lock; where the process fails, the data are made then.
+    """
+    group = next(group for group, parts in GROUPS.items() if part in parts)
+    if not (default_root() / group).exists():
+        words = "import sys; from vlbench.data import sources; sources.list_splits(sys.argv[1])"
+        call = [sys.executable, "-c", words, f"shapes:{part}"]
+        subprocess.Popen(call, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def _open(spec: DataSpec, split: str | None) -> Source:

@@ -24,7 +24,13 @@ from vlbench.core.names import unknown
 from vlbench.models.backbone import TorchBackbone, count_params
 from vlbench.models.hf_inputs import HfTokenizer, has_tokenizer, hf_preprocess
 from vlbench.models.hf_towers import FAMILIES, HfFamily
-from vlbench.models.loaders.shared import RANDOM, hub_offline_without_network, quiet_logging, seeded
+from vlbench.models.loaders.shared import (
+    RANDOM,
+    TOKENIZER_PACKAGES,
+    hub_offline_without_network,
+    quiet_logging,
+    seeded,
+)
 from vlbench.models.weights import read_weights
 
 _REPOSITORY = re.compile(r"([\w.-]+/)?[\w.-]+(@[\w./-]+)?")
@@ -57,16 +63,18 @@ _NO_TRACE = frozenset(
 def load(ref: str, *, weights: str | None = None, seed: int = 0) -> TorchBackbone:
     """The model in the folder or repository ``ref``.
 
-    ``weights`` replaces its weights by a file of the same layout. ``random`` needs no more than ``config.json``:
-    without ``preprocessor_config.json`` it prepares images as CLIP does, without a tokenizer it reads no texts.
+    ``weights`` replaces its weights by a file of the same layout, or is a folder in the place of ``ref``. ``random``
+    needs no more than ``config.json``: without ``preprocessor_config.json`` it prepares images as CLIP does, without a tokenizer it reads no texts.
 
     Raises:
         UserError: for a package, folder, file or repository that is missing, a model type that is not known here, or
             weights that do not fit.
     """
     _require_transformers()
+    if weights not in (None, RANDOM) and _is_folder(str(weights)):
+        ref, weights = str(weights), None
     where = f"hf:{ref}"
-    folder = _folder(ref, with_weights=weights is None)
+    folder = _folder(ref, weights)
     config, family = _config(folder, where)
     with _quietly():
         if weights == RANDOM:
@@ -108,7 +116,7 @@ def _require_transformers() -> None:
     try:
         import transformers  # noqa: F401
     except ImportError:
-        raise UserError("hf: models need the package transformers: pip install 'vlbench[hf]'") from None
+        raise UserError(f"hf: models need the package transformers: pip install {TOKENIZER_PACKAGES}") from None
 
 
 @contextlib.contextmanager
@@ -130,21 +138,22 @@ def _is_folder(ref: str) -> bool:
     return Path(ref).expanduser().is_dir()
 
 
-def _folder(ref: str, *, with_weights: bool) -> Path:
+def _folder(ref: str, weights: str | None) -> Path:
     """The folder itself, or the repository's in the cache after whatever is missing was fetched."""
     if _is_folder(ref):
         return Path(ref).expanduser()
     if not _REPOSITORY.fullmatch(ref) or ref.startswith("."):
         raise UserError(f"hf:{ref}: no such folder, and not a repository's name (hf:facebook/dinov2-base)")
     repository, _, revision = ref.partition("@")
-    wanted = [*_DESCRIPTION, *(_SAFETENSORS if with_weights else ())]
-    folder = _snapshot(repository, revision or None, wanted)
-    if with_weights and not any(folder.glob("model*.safetensors*")):
-        folder = _snapshot(repository, revision or None, [*wanted, _PICKLE])
+    wanted = [*_DESCRIPTION, *(_SAFETENSORS if weights is None else ())]
+    advice = _by_hand(repository, weights)
+    folder = _snapshot(repository, revision or None, wanted, advice)
+    if weights is None and not any(folder.glob("model*.safetensors*")):
+        folder = _snapshot(repository, revision or None, [*wanted, _PICKLE], advice)
     return folder
 
 
-def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
+def _snapshot(repository: str, revision: str | None, patterns: list[str], advice: str) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -163,16 +172,17 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Pat
         if isinstance(error, LocalEntryNotFoundError):
             reason = "huggingface.co cannot be reached, and its cache here has nothing of it"
         raise UserError(
-            f"hf:{repository}: not on this machine and cannot be downloaded ({reason}); {_by_hand(repository)}"
+            f"hf:{repository}: not on this machine and cannot be downloaded ({reason}); {advice}"
         ) from None
 
 
-def _by_hand(repository: str) -> str:
-    return (
-        f"fetch config.json, preprocessor_config.json, model.safetensors and the tokenizer's files from "
-        f"huggingface.co/{repository} elsewhere, put them into one folder and pass --model hf:FOLDER "
-        "(with --weights random, config.json is enough)"
-    )
+def _by_hand(repository: str, weights: str | None) -> str:
+    files, then = "config.json, preprocessor_config.json, model.safetensors and the tokenizer's files", ""
+    if weights == RANDOM:
+        files, then = "config.json (and for tasks with texts the tokenizer's files)", " --weights random"
+    elif weights is not None:
+        files, then = "config.json, preprocessor_config.json and the tokenizer's files", f" --weights {weights}"
+    return f"fetch {files} from huggingface.co/{repository} elsewhere into one folder and pass --model hf:FOLDER{then}"
 
 
 def _config(folder: Path, where: str) -> tuple[Any, HfFamily]:
@@ -180,7 +190,7 @@ def _config(folder: Path, where: str) -> tuple[Any, HfFamily]:
 
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{where}: no config.json in {folder}; {_by_hand('REPO')}")
+        raise UserError(f"{where}: no config.json in {folder}; it belongs to the files of every model on the hub")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         kind = content.get("model_type")

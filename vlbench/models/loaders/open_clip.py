@@ -53,7 +53,8 @@ def load(ref: str, *, weights: str | None = None, seed: int = 0) -> TorchBackbon
 
     kind, _, place = ref.partition(":")
     if kind in ("local-dir", "hf-hub") and place:
-        return _from_folder(_hub_folder(place) if kind == "hf-hub" else Path(place).expanduser(), weights, seed)
+        folder = _hub_folder(place) if kind == "hf-hub" else Path(place).expanduser()
+        return _from_folder(folder, weights, seed, repository=place if kind == "hf-hub" else None)
     name, _, tag = ref.partition(".")
     config = open_clip_config(name)
     tags = open_clip.list_pretrained_tags_by_model(name)
@@ -75,28 +76,37 @@ def load(ref: str, *, weights: str | None = None, seed: int = 0) -> TorchBackbon
     return _backbone(model, name, tag, config, quick_gelu=quick_gelu, preprocessing=preprocessing)
 
 
-def _from_folder(folder: Path, weights: str | None, seed: int) -> TorchBackbone:
-    """A model whose configuration lies beside its weights. ``weights`` come before the folder's own."""
+def _from_folder(folder: Path, weights: str | None, seed: int, *, repository: str | None) -> TorchBackbone:
+    """A model whose configuration lies beside its weights. ``weights`` come before the folder's own.
+
+    The folder of a ``repository`` is named after a commit and lies in a cache: neither is a name for the model.
+    """
+    place = f"local-dir:{folder}"
+    called = f"hf-hub:{repository}" if repository else place
     try:
         whole = json.loads((folder / _CONFIG_FILE).read_text("utf-8"))
         config, preprocessing = whole["model_cfg"], whole.get("preprocess_cfg") or {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"open_clip:local-dir:{folder}: cannot read its {_CONFIG_FILE} ({reason})") from None
+        raise UserError(f"open_clip:{called}: cannot read its {_CONFIG_FILE} ({reason})") from None
     file = weights or next((str(folder / name) for name in _WEIGHT_FILES if (folder / name).is_file()), None)
     if file is None:
         raise UserError(
-            f"open_clip:local-dir:{folder}: has none of {', '.join(_WEIGHT_FILES)}; pass --weights FILE or random"
+            f"open_clip:{called}: has none of {', '.join(_WEIGHT_FILES)}; pass --weights FILE or random"
         )
     quick_gelu = bool(config.get("quick_gelu", False))
     # A folder's name says nothing of what is in it, so the configuration itself is part of the architecture's name.
-    name = f"{folder.resolve().name}-{fingerprint(config)[:8]}"
-    model = _model(f"local-dir:{folder}", None, quick_gelu=quick_gelu, seed=seed)
+    name = f"{repository or folder.resolve().name}-{fingerprint(config)[:8]}"
+    model = _model(place, None, quick_gelu=quick_gelu, seed=seed)
     if file != RANDOM:
         load_strictly(model, _adapted(model, read_weights(file)), where=f"{file} in {folder / _CONFIG_FILE}")
     known = {key: preprocessing[key] for key in _PREPROCESSING if preprocessing.get(key) is not None}
-    tokenizer = f"local-dir:{folder}"
-    return _backbone(model, name, "", config, quick_gelu=quick_gelu, preprocessing=known, tokenizer=tokenizer)
+    backbone = _backbone(
+        model, name, "", config, quick_gelu=quick_gelu, preprocessing=known, called=called, place=place
+    )
+    if repository:
+        backbone.card = backbone.card.model_copy(update={"id": f"open_clip:{called}"})
+    return backbone
 
 
 def _hub_folder(repository: str) -> Path:
@@ -219,10 +229,12 @@ def _backbone(
     *,
     quick_gelu: bool,
     preprocessing: dict[str, Any],
-    tokenizer: str | None = None,
+    called: str | None = None,
+    place: str | None = None,
 ) -> TorchBackbone:
+    """``called`` and ``place``: where a tokenizer of its own is found, as a name for it and as open_clip looks."""
     size = model.visual.image_size
-    text = _text_spec(tokenizer or name, config)
+    text = _text_spec(called or name, config)
     tower = _tower(model.visual, name, int(config["embed_dim"]))
     model.visual = tower
     # The activation leaves no trace in the weights, so the architecture's name has to carry it.
@@ -239,7 +251,7 @@ def _backbone(
         params=count_params(tower),
     )
     causal = _causal_text(model)
-    read = Tokenizer(text, trim=causal is not None)
+    read = Tokenizer(text, trim=causal is not None, place=place if text.tokenizer != "open_clip" else None)
 
     def image_fn(images_BCHW: torch.Tensor, *, dense: bool = False) -> Features:
         return tower.features(images_BCHW, dense=dense)

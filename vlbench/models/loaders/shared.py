@@ -18,6 +18,8 @@ from vlbench.core.errors import UserError
 from vlbench.core.names import unknown
 
 RANDOM = "random"
+TOKENIZER_PACKAGES = "'transformers>=5' sentencepiece protobuf"
+"""What hub models and their tokenizers need beside vlbench, as pip reads it."""
 NOT_CLAIMED: dict[str, None] = dict.fromkeys(("pretrain_data", "images_seen", "seed", "licence", "recipe"))
 """What a card said of its own weights and cannot say of others."""
 
