@@ -44,7 +44,7 @@ def test_last_and_best_epoch_are_those_of_the_chosen_setting() -> None:
     train, test = (encoder.images(data.split(name)) for name in ("train", "test"))
     labels = {name: np.array(data.split(name).labels()) for name in ("train", "test")}
     chosen = rows.meta["chosen"]
-    problem = Problem.of(train.pooled_ND, labels["train"], train.digests, n_classes=6, device="cpu")
+    problem = Problem.of(train.pooled_ND, labels["train"], train.digests, device="cpu")
     training = Training("sgd", "constant", True, False, 64, 0)
     right = []
     for epoch in range(1, 13):

@@ -7,6 +7,7 @@ from sklearn.metrics import roc_auc_score
 from tests.adapters.fakes import FakeData, FakeEncoder, FakeSource, label_in, labelled, noise_of
 from vlbench.adapters.common.softmax_regression import SoftmaxRegression
 from vlbench.adapters.fewshot import ADAPTER, choose_c, draw_shots
+from vlbench.core.config import parse
 from vlbench.core.errors import UserError
 from vlbench.stats.paired import compare_outcomes
 from vlbench.store.examples import rows_from_parquet, rows_to_parquet
@@ -130,6 +131,13 @@ def test_spread_over_seeds_and_small_classes_are_said() -> None:
     assert (rows["rank@12"][rows["label"] == 2] == 6).all()
 
 
+def test_fits_that_did_not_converge_are_said() -> None:
+    rows = ADAPTER.predict(_encoder(), _data(), _config(max_iterations=1))
+    for shots in (4, 12):
+        assert f"2 fits to {shots} shots stopped at 1 iterations" in rows.meta["notes"]
+    assert not any("stopped at" in note for note in ADAPTER.predict(_encoder(), _data(), _config()).meta["notes"])
+
+
 def test_models_are_compared_on_the_same_shots() -> None:
     good, bad = (ADAPTER.outcomes(ADAPTER.predict(_encoder(s), _data(), _config()), _config()) for s in (1.6, 0.5))
     for metric in good:
@@ -149,6 +157,8 @@ def test_two_classes_have_a_roc_auc() -> None:
 def test_too_little_to_learn_from_is_one_clear_line() -> None:
     with pytest.raises(UserError, match="take two shots or more"):
         ADAPTER.predict(_encoder(), _data(), _config(shots=(1,)))
+    with pytest.raises(UserError, match=r"task x: shots\.1: Input should be greater than 0 \(got 0\)"):
+        parse(ADAPTER.Config, {"shots": [5, 0]}, where="task x")
     data = FakeData({name: labelled(name, [0] * 5, CLASSES) for name in ("train", "test")})
     with pytest.raises(UserError, match="one class only"):
         ADAPTER.predict(_encoder(), data, _config())

@@ -6,6 +6,7 @@ import pytest
 from tests.adapters.fakes import FakeData, FakeEncoder, label_in, labelled, noise_of
 from vlbench.adapters.common.softmax_regression import SoftmaxRegression
 from vlbench.adapters.linear import ADAPTER, hold_out, search_c
+from vlbench.core.config import parse
 from vlbench.core.errors import UserError
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox")
@@ -97,6 +98,27 @@ def test_search_of_the_whole_grid_takes_the_best_of_all_its_values() -> None:
     assert found["fits"] == 5
     steps = ADAPTER.Config(search="grid", c_low=1e-3, c_high=1e3, c_steps=6)
     assert search_c(problem, features[val], labels[val], steps)["fits"] == 7
+
+
+def test_search_of_the_whole_grid_keeps_to_the_settings_of_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, path = [], SoftmaxRegression.path
+
+    def note(self, cs, **options):
+        asked.append(options)
+        return path(self, cs, **options)
+
+    monkeypatch.setattr(SoftmaxRegression, "path", note)
+    ADAPTER.predict(_encoder(), _data(), ADAPTER.Config(search="grid", c_grid=(0.1, 1.0, 10.0)))
+    assert asked[0] == {"tolerance": pytest.approx(1e-7), "max_iterations": 1000}
+    settings = {"search_tolerance": 1e-6, "max_iterations": 1}
+    rows = ADAPTER.predict(_encoder(), _data(), ADAPTER.Config(search="grid", c_grid=(0.1, 1.0, 10.0), **settings))
+    assert asked[1] == {"tolerance": pytest.approx(1e-11), "max_iterations": 1}
+    assert "3 of 3 fits of the path did not converge" in rows.meta["notes"]
+
+
+def test_a_grid_that_nothing_reads_is_one_clear_line() -> None:
+    with pytest.raises(UserError, match="task x: c_grid is read by `search: grid` alone"):
+        parse(ADAPTER.Config, {"c_grid": [0.1, 1.0]}, where="task x")
 
 
 def test_the_default_search_is_recorded_as_before_there_was_another() -> None:

@@ -24,7 +24,7 @@ def _images(seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 
 def _problem(features: np.ndarray, labels: np.ndarray, digests: list[str]) -> Problem:
-    return Problem.of(features, labels, digests, n_classes=4, device="cpu")
+    return Problem.of(features, labels, digests, device="cpu")
 
 
 def _by_torch(features: np.ndarray, labels: np.ndarray, setting: tuple[float, float], training: Training) -> np.ndarray:
@@ -75,6 +75,18 @@ def test_heads_side_by_side_end_where_torch_ends_with_each_alone(
     for head, setting in enumerate(SETTINGS):
         logits = heads.logits(torch.from_numpy(features), head).numpy()
         assert logits == pytest.approx(_by_torch(features, labels, setting, training), abs=2e-5)
+
+
+def test_one_label_an_image_takes_one_number_an_image() -> None:
+    """As rows of zeros and a one, the labels of ImageNet alone would fill five gigabytes."""
+    features, labels, digests = _images()
+    problem = _problem(features, labels, digests)
+    assert (problem.target.dtype, problem.target.shape) == (torch.int64, (N,))
+    assert problem.target.tolist() == labels.tolist()
+    several = np.random.default_rng(1).choice([-1, 0, 1], size=(N, 4)).astype(np.int8)
+    problem = _problem(features, several, digests)
+    assert (problem.target.numpy() == (several == 1)).all()
+    assert (problem.known_NC.numpy() == (several >= 0)).all()
 
 
 def test_order_of_images_and_classes_does_not_matter() -> None:

@@ -141,6 +141,14 @@ def test_zeroshot_scores_are_cosines_or_elevaters_softmax() -> None:
     assert abs(softmax["map"].value - found["map"].value) > 0.01, "the two are not the same protocol"
 
 
+def test_zeroshot_softmax_of_one_class_is_one_clear_line() -> None:
+    labels = np.array([[1], [0], [1], [0]], dtype=np.int8)
+    data = FakeData({"test": MultilabelSource(labels, split="test", classes=CLASSES[:1])})
+    assert _measure(ZEROSHOT, multilabel_oracle(classes=CLASSES[:1]), data)[1]["map"].value == 1.0
+    with pytest.raises(UserError, match="a softmax over one class says nothing"):
+        _measure(ZEROSHOT, multilabel_oracle(classes=CLASSES[:1]), data, softmax=True)
+
+
 def test_zeroshot_without_templates_is_one_clear_line() -> None:
     data = multilabel_data()
     data.templates = ()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
+from vlbench.adapters.common import softmax_path
 from vlbench.adapters.common.softmax_regression import SoftmaxRegression
 
 
@@ -105,6 +106,16 @@ def objective_of(fit, problem: SoftmaxRegression) -> float:
     logits -= logits.max(axis=1, keepdims=True)
     loss = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(labels)), labels]
     return loss.mean() + 0.5 * np.square(fit.weight_DC * problem.scale).sum() / (fit.c * len(labels))
+
+
+def test_a_line_that_is_cut_short_ends_where_it_was_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights and what is said of them belong together, however few evaluations a line has."""
+    monkeypatch.setattr(softmax_path, "LINE_STEPS", 1)
+    features, labels = _problem()
+    problem = SoftmaxRegression(features, labels, 5)
+    for fits in (1, 2, 5):
+        (fit,) = problem.path([10.0], max_iterations=fits)
+        assert fit.objective == pytest.approx(objective_of(fit, problem), rel=1e-5)
 
 
 def test_path_of_one_value_or_of_values_far_apart_needs_no_neighbours() -> None:

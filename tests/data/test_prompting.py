@@ -5,9 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from vlbench.core.cards import prompt_lines
 from vlbench.core.errors import UserError
 from vlbench.core.types import Example
-from vlbench.data.prompting import class_names, clean_classname, draw_text, render
+from vlbench.data.prompting import are_numbers, class_names, clean_classname, draw_text, render
 
 
 def test_clean_classname_follows_unicl():
@@ -61,6 +62,31 @@ def test_class_names_by_own_name_follow_the_data_s_order_and_subset():
 
 def test_class_names_of_data_that_are_named_in_words_stay():
     assert class_names(TABLE, ("hound", "tabby"), where="") == ("hound", "tabby")
+
+
+def test_class_names_that_are_the_table_s_own_already_stay_beside_others():
+    fear = ("2\tfear\tfearful", "3\thappy\thappy", "1\tdisgust\tdisgusted")
+    assert class_names(fear, ("fearful", "happy", "disgust"), where="") == ("fearful", "happy", "disgusted")
+    with pytest.raises(UserError, match="for instance 'bored'"):
+        class_names(fear, ("fearful", "happy", "bored"), where="")
+    assert class_names(("0\t1", "1\t0"), ("0", "1"), where="") == ("1", "0"), "an own name comes before a class name"
+
+
+SHARDS = ("angry", "disgusted", "fearful", "happy", "neutral", "sad", "surprised")
+FOLDERS = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")
+NOUNS = ("anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise")
+
+
+@pytest.mark.parametrize("own", [SHARDS, FOLDERS, NOUNS])
+def test_class_names_of_fer2013_are_clip_s_whoever_made_the_data(own):
+    """CLIP_benchmark's shards, the folders of the usual archive, the emotions as nouns."""
+    names = class_names(prompt_lines("fer2013_classnames"), own, where="wds:fer2013")
+    assert names == ("angry", "disgusted", "fearful", "happy", "neutral", "sad", "surprised")
+
+
+def test_numbers_are_told_from_names():
+    assert are_numbers(("0", "10"))
+    assert not any(map(are_numbers, [(), ("0", "one"), ("n01440764",), ("1.5",)]))
 
 
 @pytest.mark.parametrize("own", [("n02084071", "n99999999"), ("n99999999",), ("0", "1"), ("n02084071", "tabby")])

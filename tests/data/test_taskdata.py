@@ -3,10 +3,11 @@ from __future__ import annotations
 import pytest
 
 from tests.data.making import image_folder, png, write_files, write_tar
-from vlbench.core.cards import prompt_lines
+from vlbench.core.cards import prompt_lines, task_cards
 from vlbench.core.errors import BadExample, UserError
 from vlbench.data.digests import image_digests
-from vlbench.data.taskdata import TaskData
+from vlbench.data.prompting import class_names
+from vlbench.data.taskdata import TaskData, class_notes
 
 
 @pytest.fixture
@@ -72,6 +73,28 @@ def test_taskdata_names_the_classes_of_folders_by_code(tmp_path, file, folders, 
     write_files(tmp_path, {f"{folder}/1.png": png(seed) for seed, folder in enumerate(folders)})
     data = TaskData(f"imagefolder:{tmp_path}", {"test": "all"}, classes=prompt_lines(file))
     assert data.classnames == names
+
+
+def test_taskdata_says_that_numbers_make_no_prompts(tmp_path):
+    numbered = f"imagefolder:{write_files(tmp_path / 'a', {f'test/{i}/1.png': png(i) for i in range(3)})}"
+    data = TaskData(numbered)
+    assert data.notes == (), "a probe asks for no prompt"
+    assert [note for note in data.with_prompts(templates=["a {}."]).notes if "class names are numbers" in note]
+    assert data.with_prompts(classes=prompt_lines("digits"), templates=["a {}."]).notes == ()
+    assert TaskData(f"imagefolder:{image_folder(tmp_path / 'b')}", templates=["a {}."]).notes == ()
+
+
+@pytest.mark.parametrize("task", ["zeroshot/mnist", "zeroshot/svhn"])
+def test_digits_are_names_enough_for_the_tasks_on_digits(task):
+    prompts = task_cards()[task].prompts
+    assert class_names(prompt_lines(prompts.classnames), "0123456789", where=task) == tuple("0123456789")
+
+
+def test_class_notes_compare_with_the_card():
+    assert task_cards()["linear/cifar10"].expected_classes == 10
+    assert task_cards()["zeroshot/shapes_heldout"].expected_classes is None
+    assert class_notes(tuple("ab"), 1000) == ("1,000 classes expected, 2 found",)
+    assert class_notes(tuple("ab"), 2) == class_notes(None, 2) == class_notes(tuple("ab"), None) == ()
 
 
 def test_taskdata_divides_unsplit_data_by_content(unsplit, tmp_path):

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import sys
+import time
+
 import pytest
 import torch
 
@@ -53,6 +56,26 @@ def test_tokenizer_ends_a_long_text_with_end_of_text():
 def test_tokenizer_cache_changes_nothing():
     tokenizer = Tokenizer(SPEC)
     assert torch.equal(tokenizer(TEXTS), tokenizer(TEXTS))
+
+
+def test_tokenizer_of_a_model_is_looked_for_at_the_first_text_and_at_once(monkeypatch, tmp_path):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("vlbench.models.loaders.shared._reachable", lambda host: False)
+    tokenizer = Tokenizer(TextSpec(tokenizer="open_clip:ViT-B-16-SigLIP", context_length=64))
+    began = time.perf_counter()
+    with pytest.raises(UserError, match=r"huggingface\.co/timm/ViT-B-16-SigLIP .*open_clip:local-dir:FOLDER") as caught:
+        tokenizer(["a red circle"])
+    assert "tokenizer.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert time.perf_counter() - began < 20, "a minute of trying again would be over half a minute"
+
+
+def test_tokenizer_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("vlbench.models.loaders.shared._reachable", lambda host: False)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match="pip install 'transformers>=5' sentencepiece protobuf"):
+        Tokenizer(TextSpec(tokenizer="open_clip:ViT-B-16-SigLIP", context_length=64))(["a red circle"])
 
 
 def test_tokenizer_unknown_name():

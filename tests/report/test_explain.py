@@ -67,6 +67,42 @@ def test_every_kind_of_setting_is_set_beside_the_other(changes: dict[str, Any], 
         assert found[fact][1] == value
 
 
+def test_findings_are_no_settings() -> None:
+    """How good a fit was on held-out data, or what bf16 changed, explains no number."""
+    found = explain(
+        [
+            pair(
+                a={"settings": {"precision": "fp32", "device": "cpu", "processes": 2}, "chosen": {"val_accuracy": 0.5}},
+                b={
+                    "settings": {"precision": "fp32", "device": "cpu", "bf16_difference": {"difference": 0.1}},
+                    "chosen": {"val_accuracy": 0.6, "at_grid_edge": True, "lr": 0.1, "weight_decay": 1.0},
+                },
+            )
+        ]
+    )
+    beyond = differing(found).keys() - {f"model: {name}" for name in ("weights", "asked for as")}
+    assert beyond - {"model: backbone (weights, feature, preprocessing)"} == {"chosen: lr", "chosen: weight_decay"}
+    a, b = pair()
+    epoch = {**META, "best_epoch_on_test": 3}
+    found = explain([(a, Evidence(b.result, epoch, b.outcomes))])
+    assert not any("epoch" in fact for fact in differing(found))
+
+
+def test_of_the_draws_of_shots_only_their_c_is_a_setting() -> None:
+    draws = [[{"seed": s, "C": c * 10.0**s, "images": 20, "acc1": c / 4} for s in (0, 1)] for c in (1, 2)]
+    found = differing(explain([pair(a={"chosen": {"@5": draws[0]}}, b={"chosen": {"@5": draws[1]}})]))
+    assert {fact: values for fact, values in found.items() if fact.startswith("chosen")} == {
+        "chosen: C@5": ("1, 10", "2, 20")
+    }
+
+
+def test_a_features_version_that_was_not_recorded_is_the_first() -> None:
+    old, new = ({"precision": "fp32", "device": "cpu"} | more for more in ({}, {"features_version": 1}))
+    assert "run: features_version" not in differing(explain([pair(a={"settings": old}, b={"settings": new})]))
+    found = differing(explain([pair(a={"settings": old}, b={"settings": new | {"features_version": 2}})]))
+    assert found["run: features_version"] == ("1", "2")
+
+
 def test_prompts_and_class_names_are_compared() -> None:
     toy = Toy()
     a = side(toy, toy.add("a"), META | {"classes": ["cat", "dog"], "templates": 80})

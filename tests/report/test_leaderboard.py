@@ -106,6 +106,15 @@ def test_model_table_says_what_is_known() -> None:
     assert row(text, "closed", "Models")[3:] == ["not disclosed", "86M", "–", "–", "–"]
 
 
+def test_speeds_are_of_one_kind_of_device_and_one_number_of_processes() -> None:
+    toy = Toy()
+    runs = [("cuda:0", 1, 100.0), ("cuda:1", 1, 200.0), ("cuda:0", 8, 900.0), ("cuda:3", 8, 1100.0), ("cpu", 1, 7.0)]
+    for place, (device, processes, speed) in enumerate(runs):
+        settings = {"device": device} | ({"processes": processes} if processes > 1 else {})
+        toy.add("a", f"linear/{place}", settings=settings, images_per_second=speed)
+    assert row(page(toy), "a", "Models")[-1] == "7 cpu, 150 cuda, 1000 cuda (8 processes)"
+
+
 def test_different_data_are_said_and_not_ranked_together(toy: Toy) -> None:
     toy.add("late", right=390, data={"spec": "hf:x", "split": "test", "n": N, "fingerprint": "other"})
     text = page(toy)

@@ -162,9 +162,36 @@ def test_what_was_not_as_it_should_be_is_said() -> None:
     assert "reproduced; measured on v2" in " ".join(render_verdicts([verdict]).split())
 
 
-def test_another_number_of_examples_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_number_of_examples_is_said_and_its_wide_interval_excuses_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(TaskCard, "expected_sizes", {"test": 10_000})
-    assert one(0.75).remarks == ("measured on 400 examples, the published split has 10,000",)
+    why = "measured on 400 examples, the published split has 10,000"
+    assert one(0.75).status == "reproduced"
+    assert one(0.75).remarks == (why,)
+    for published, points in ((0.76, "-1.0"), (0.80, "-5.0")):  # inside our interval, and outside
+        assert one(published).words() == f"not comparable ({points} points): {why}"
+        assert one(published).remarks == ()
+
+
+def test_an_earlier_card_of_the_task_is_no_attempt_at_todays_number() -> None:
+    assert one(0.76).rule == "interval"
+    found = one(0.76, task_fingerprint="earlier")
+    assert found.words() == "not comparable (-1.0 points): the task's card has changed since"
+    found = one(0.76, task_version=2)
+    assert found.words() == "not comparable (-1.0 points): measured on v2 of the task, which is v1 now"
+    assert one(0.75, task_version=2).status == "reproduced"
+
+
+def test_points_have_the_digits_that_were_published() -> None:
+    assert one(0.8012).words() == "off by -5.12 points (interval [70.5, 79.0])"
+    assert one(0.8).words() == "off by -5.0 points (interval [70.5, 79.0])"
+    toy = Toy()
+    stored(toy, right=301)  # 75.25%
+    text = render_verdicts(verify([card(("linear/cifar10", "acc1", 0.8012))], toy.results, TASKS))
+    assert "80.12" in text
+    assert "75.25 [70.8, 79.2]" in text
+    assert "off by -4.87 points" in text
 
 
 def test_the_result_of_todays_version_is_taken() -> None:

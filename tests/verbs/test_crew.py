@@ -17,7 +17,7 @@ from vlbench.cli import main
 from vlbench.core.errors import UserError
 from vlbench.core.types import Result
 from vlbench.store.results import ResultStore
-from vlbench.verbs.crew import Crew, own_device
+from vlbench.verbs.crew import Crew, joined, own_device
 
 MODEL = "tests.verbs.conv_backbone"
 TASKS = "zeroshot,linear,knn,retrieval"
@@ -200,6 +200,38 @@ def test_shares_cover_everything_once() -> None:
 def test_one_gpu_for_all_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert own_device("cuda:1") == "cuda:1"
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
     assert own_device("cpu") == "cpu"
     with pytest.raises(UserError, match="--device cuda:1: every process of torchrun would take this one"):
         own_device("cuda:1")
+
+
+def test_a_world_size_without_a_rank_is_not_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler sets WORLD_SIZE for processes that know nothing of one another."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("RANK", raising=False)
+    assert own_device("cuda:1") == "cuda:1"
+    with joined() as crew:
+        assert (crew.rank, crew.world) == (0, 1)
+
+
+def test_processes_that_do_not_find_one_another_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["eval", "--model", f"{MODEL}:build", "--tasks", "knn", "--data", "shapes"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the processes that torchrun started do not find one another" in line
+
+
+def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlbench.verbs.session import _make_current
+
+    taken: list[str] = []
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+    for device in ("cpu", "cuda", "cuda:1"):
+        _make_current(device)
+    assert taken == ["cuda:1"]

@@ -123,6 +123,25 @@ def test_precision_spread_says_what_bf16_changes(
     assert capsys.readouterr().out.count("reused, measured") == 2
 
 
+def test_a_failure_in_bf16_is_a_note_and_the_fp32_result_stays(
+    tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(result, rows, job, encoder):
+        assert _stored(tmp_path)["knn/colours"] == result, "stored before bf16 is tried"
+        raise RuntimeError("no kernel for bfloat16")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vlbench.verbs.evaluate.bf16_difference", fail)
+        assert _run(tmp_path, colours, tasks="knn", precision_spread=True) == 0
+    out = capsys.readouterr().out
+    assert out.count("  note: what bf16 changes is not known, the fp32 result is stored: RuntimeError: no kernel") == 1
+    found = _stored(tmp_path)["knn/colours"]
+    assert "bf16_difference" not in found.settings
+    assert _run(tmp_path, colours, tasks="knn", precision_spread=True) == 0
+    assert _stored(tmp_path)["knn/colours"].estimates == found.estimates
+    assert "bf16_difference" in _stored(tmp_path)["knn/colours"].settings, "asked again, tried again"
+
+
 def test_precision_spread_beside_bf16_is_refused(tmp_path: Path, colours: Path) -> None:
     with pytest.raises(UserError, match="leave --precision out"):
         _run(tmp_path, colours, precision="bf16", precision_spread=True)
@@ -155,6 +174,50 @@ def test_a_stored_result_about_something_else_is_not_reused(
         changes["precision"] = "bf16"
     assert _run(tmp_path, colours, tasks="knn", **changes) == 0
     assert f"about other {change}" in capsys.readouterr().out
+
+
+def test_a_result_of_another_features_version_is_not_reused(
+    tmp_path: Path, colours: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlbench.adapters.encoder.FEATURES_VERSION", 1)
+    _run(tmp_path, colours, tasks="knn")
+    store = ResultStore(tmp_path / "results")
+    result = store.load("toy", "knn/colours")
+    assert result.settings["features_version"] == 1
+    settings = {name: value for name, value in result.settings.items() if name != "features_version"}
+    store.save(result.model_copy(update={"settings": settings}), store.rows(result))
+    capsys.readouterr()
+    assert _run(tmp_path, colours, tasks="knn") == 0
+    assert "reused, measured" in capsys.readouterr().out, "no version was recorded while the first was the only one"
+    monkeypatch.setattr("vlbench.adapters.encoder.FEATURES_VERSION", 2)
+    assert _run(tmp_path, colours, tasks="knn") == 0
+    assert "about other features (another vlbench made them): measured again" in capsys.readouterr().out
+    assert _stored(tmp_path)["knn/colours"].settings["features_version"] == 2
+
+
+def test_prompts_are_part_of_the_data_of_a_probe_that_reads_them(
+    tmp_path: Path, colours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlbench.core.cards import Prompts
+    from vlbench.verbs import selection
+
+    own_card = selection.own_card
+    small = {"lr_count": 1, "wd_count": 1, "epochs": 1, "search_epochs": 1}
+
+    def fingerprint_of(head: str, templates: str | None) -> str:
+        def card(kind: str, spec: str):
+            changes = {"protocol": {"head": head, **small}, "prompts": Prompts(templates=templates)}
+            return own_card(kind, spec).model_copy(update=changes)
+
+        monkeypatch.setattr(selection, "own_card", card)
+        results = tmp_path / f"{head}-{templates}"
+        assert _run(tmp_path, colours, tasks="elevater_probe", results=str(results)) == 0
+        (result,) = ResultStore(results).all()
+        return result.data.fingerprint
+
+    assert fingerprint_of("random", "simple") == fingerprint_of("random", "cifar10")
+    assert fingerprint_of("language", "simple") != fingerprint_of("language", "cifar10")
+    assert fingerprint_of("language", None) == fingerprint_of("language", "simple"), "the templates of data without any"
 
 
 def test_a_result_about_other_data_of_the_same_name_is_replaced_by_force_only(

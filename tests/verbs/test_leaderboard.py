@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from tests.verbs.toy_adapter import ADAPTER, TOYS, store_toy
+from vlbench.core.catalog import ADAPTERS
 from vlbench.core.errors import UserError
 from vlbench.core.types import Rows
 from vlbench.stats.intervals import estimate
 from vlbench.store.results import ResultStore
 from vlbench.verbs.leaderboard import run
+from vlbench.verbs.outcomes import adapter_peer
 
 
 @pytest.fixture
@@ -80,6 +82,11 @@ def test_notes_and_settings_stand_under_the_table(store: ResultStore) -> None:
     assert "- **y: acc1**: `toy` with its default settings, 200 examples. Without a task card." in text
     assert "- **z: acc1**: `toy` with threshold = 0.25 (default 0.5), 200 examples." in text
     assert call(store, check=True) == 0
+
+
+def test_protocols_of_other_harnesses_are_known_by_their_adapters() -> None:
+    peers = {name: peer for name in ADAPTERS.names() if (peer := adapter_peer(name)) is not None}
+    assert peers == {"clip_benchmark_probe": "CLIP_benchmark", "elevater_probe": "ELEVATER", "svm": "VirTex"}
 
 
 def test_check_notices_an_edited_page(store: ResultStore) -> None:

@@ -36,6 +36,12 @@ def test_device() -> None:
     assert machine.describe("cpu")["device"] == "cpu"
 
 
+def test_workers_are_divided_among_the_processes_of_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(12))
+    assert [machine.choose_workers(None, sharing=count) for count in (1, 2, 4, 64)] == [8, 6, 3, 1]
+    assert machine.choose_workers(0, sharing=4) == 0, "what was asked for is what is taken"
+
+
 def test_progress_writes_plain_lines_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -28,8 +29,8 @@ def _clothing(root: Path) -> Path:
 
 def test_full_names_kinds_and_suites(tmp_path: Path) -> None:
     found = select("zeroshot/shapes, linear", data=(), root=tmp_path)
-    assert _names(found) == ["zeroshot/shapes", "linear/shapes"]
-    assert [choice.named for choice in found.choices] == [True, False]
+    assert _names(found) == ["zeroshot/shapes", "linear/shapes", "linear/shapes_multilabel"]
+    assert [choice.named for choice in found.choices] == [True, False, False]
     assert {"linear/cifar10", "linear/clothing", "linear/imagenet1k"} <= {skip.task for skip in found.skipped}
     assert all("to get it:" in skip.reason and str(tmp_path) in skip.reason for skip in found.skipped)
     assert _names(select("smoke", data=(), root=tmp_path)) == list(suites()["smoke"])
@@ -38,7 +39,8 @@ def test_full_names_kinds_and_suites(tmp_path: Path) -> None:
 def test_the_readme_line_needs_no_data(tmp_path: Path) -> None:
     found = select("zeroshot,linear,retrieval", data=(), root=tmp_path)
     zeroshot = ["zeroshot/shapes", "zeroshot/shapes_heldout", "zeroshot/shapes_multilabel"]
-    assert _names(found) == [*zeroshot, "linear/shapes", "retrieval/shapes"]
+    retrieval = [f"retrieval/shapes{language}" for language in ("", "_cs", "_de", "_fr")]
+    assert _names(found) == [*zeroshot, "linear/shapes", "linear/shapes_multilabel", *retrieval]
 
 
 def test_each_task_runs_once_and_a_full_name_stays_a_demand(tmp_path: Path) -> None:
@@ -51,6 +53,20 @@ def test_data_that_are_there_are_chosen_with_their_place(tmp_path: Path) -> None
     found = select("linear", data=(), root=_clothing(tmp_path))
     spec = next(choice.spec for choice in found.choices if choice.card.name == "linear/clothing")
     assert spec == f"imagefolder:{tmp_path}/clothing"
+
+
+def test_texts_without_their_images_are_no_task_s_data(tmp_path: Path) -> None:
+    texts = {"test_2016_flickr.txt": "1.png\n", "test_2016_flickr.de": "ein Hund\n"}
+    write_files(tmp_path / "multi30k", texts)
+    entry = {"filename": "1.png", "filepath": "val2014", "split": "test", "sentences": [{"raw": "a dog"}]}
+    write_files(tmp_path / "coco", {"dataset_coco.json": json.dumps({"images": [entry]})})
+    for name in ("retrieval/multi30k_de", "retrieval/coco5k"):
+        assert find_data(task_cards()[name], tmp_path) is None
+        with pytest.raises(UserError, match=f"task {name}: no data under .*to get it: "):
+            select(name, data=(), root=tmp_path)
+    write_files(tmp_path, {"flickr30k/flickr30k-images/1.png": png(), "coco/val2014/1.png": png()})
+    assert find_data(task_cards()["retrieval/multi30k_de"], tmp_path) == f"multi30k:{tmp_path}/multi30k"
+    assert find_data(task_cards()["retrieval/coco5k"], tmp_path) == f"karpathy:{tmp_path}/coco/dataset_coco.json"
 
 
 def test_hub_names_never_stand_in_for_a_card_s_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,9 +182,10 @@ def test_every_card_is_sound(name: str) -> None:
     card = task_cards()[name]
     adapter = ADAPTERS.get(card.adapter)
     parse(adapter.Config, card.protocol, where=name)
-    one_label = {"acc1", "acc1@5", "mean_per_class_recall", "mean_per_class_recall@5", "roc_auc"}
-    assert card.metric in one_label | {"map", "map11", "image_retrieval_recall@1", "mean_recall"}
-    assert card.chance is not None or card.metric.startswith("map"), "a prevalence, which only the data know"
+    metrics = {"acc1", "mean_per_class_recall", "roc_auc", "map", "map11", "image_retrieval_recall@1", "mean_recall"}
+    assert card.metric.removesuffix("@5" if card.kind == "fewshot" else "") in metrics
+    known = card.chance is not None or card.metric.startswith("map") or card.kind == "retrieval"
+    assert known, "only prevalences and the recalls of so many captions are left to the data"
     assert card.fingerprint()
     find_data(card, Path("/nowhere"))
     if card.data[0].startswith("shapes"):

@@ -56,8 +56,8 @@ class Config(BaseConfig):
     search_tolerance: float = Field(
         default=1e-4,
         gt=0,
-        description="largest gradient entry while C is searched; of `search: grid` ten times its square is the share of "
-        "the objective that a fit may leave",
+        description="largest gradient entry while C is searched; of `search: grid` ten times its square is the share "
+        "of the objective that a fit may leave",
     )
 
     @property

@@ -28,6 +28,9 @@ from vlbench.data.spec import local_path, parse_spec
 
 _ROLES = ("train", "val", "test")
 _HELD_OUT = 0.2
+_NUMBERED = (
+    "class names are numbers, which say nothing in a prompt: name the folders in words, or give shards a classnames.txt"
+)
 
 
 class TaskData:
@@ -85,7 +88,7 @@ class TaskData:
         """What there is to say of the division, and of class names that prompts are to be made of."""
         if self._templates is None or self._classes is not None or not are_numbers(self._reported().classes or ()):
             return self._notes
-        return (*self._notes, "class names are numbers, which say nothing in a prompt: give names with classnames.txt")
+        return (*self._notes, _NUMBERED)
 
     @property
     def classnames(self) -> tuple[str, ...]:

@@ -35,8 +35,9 @@ def load_backbone(
     Args:
         spec: a run folder or checkpoint file, a reference card's id, ``timm:``, ``open_clip:``, ``torchvision:`` or
             ``hf:`` with a name, or ``pkg.mod:build``.
-        weights: a local file for that architecture, for ``hf:`` models also a folder with its files; ``random`` or ``random:SEED`` for a fresh initialisation (seed 0
-            where none is given); None for the weights that ``spec`` itself names.
+        weights: a local file for that architecture, for ``hf:`` models also a folder with all their files; ``random``
+            or ``random:SEED`` for a fresh initialisation (seed 0 where none is given); None for the weights that
+            ``spec`` itself names.
         name: the id under which results are stored, instead of the card's.
         device: where the weights go.
 

@@ -149,7 +149,7 @@ class Tokenizer:
         self._may_trim = trim
         self._known: dict[str, tuple[int, ...]] = {}
         if not model:
-            assert self._encoder, "made here, so that the processes of a data loader share it"
+            _byte_pair_encoder()  # now, so that the processes of a data loader share it
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """``tokens_BL``, int64, padded with zeros."""
@@ -194,7 +194,7 @@ def _named_encoder(name: str, place: str) -> Any:
         raise UserError(f"tokenizer {name!r} needs a package: pip install {TOKENIZER_PACKAGES} ({error})") from None
     except Exception as error:  # the tokenizers library and the hub raise what they like
         reason = " ".join(str(error).split())[:120]
-        config = open_clip.get_model_config(place) or {}
+        config = {} if ":" in place else open_clip.get_model_config(place) or {}
         repository = config.get("text_cfg", {}).get("hf_tokenizer_name")
         source = f"huggingface.co/{repository}" if repository else "the model's repository"
         raise UserError(

@@ -200,9 +200,7 @@ def _other_measurement(result: Result, task: TaskCard | None) -> list[str]:
     return said
 
 
-def _remarks(
-    card: ModelCard, result: Result, results: Sequence[Result], tasks: Mapping[str, TaskCard]
-) -> list[str]:
+def _remarks(card: ModelCard, result: Result, results: Sequence[Result], tasks: Mapping[str, TaskCard]) -> list[str]:
     said = [] if result.task in tasks else ["there is no such task any more"]
     precision = result.settings.get("precision", "fp32")
     if precision != "fp32":

@@ -14,13 +14,16 @@ from importlib import metadata
 from pathlib import Path
 
 from vlbench import __version__
-from vlbench.core.cards import model_cards, task_cards
+from vlbench.core.cards import dataset_cards, model_cards, task_cards
 from vlbench.core.errors import UserError
 from vlbench.core.paths import cache_dir, data_root
 
 OK, NOTE, BAD = "ok", "note", "BAD"
 _OPTIONAL = {
     "matplotlib": "plots",
+    "transformers": "hf: models and SigLIP's texts",
+    "sentencepiece": "the tokenizers of some hf: models",
+    "protobuf": "the tokenizers of some hf: models",
     "webdataset": "only the tests need it",
     "detectron2": "a second detection engine, built from its source",
 }
@@ -124,7 +127,7 @@ def _folders(root: Path) -> list[tuple[str, str]]:
         found.append((OK if free > 2 else NOTE, f"cache {cache} is writable, {free:.0f} GiB free"))
     except OSError as error:
         found.append((BAD, f"cache {cache} cannot be written ({error}): set VLBENCH_CACHE to a folder that can"))
-    for card in task_cards().values():
-        if find_data(card, root) is None:
-            found.append((NOTE, f"no data for {card.name} under {root}: {card.how_to_get or 'see its card'}"))
+    cards = dataset_cards().values()
+    present = sum(find_data(card, root) is not None for card in cards)
+    found.append((OK, f"{present} of {len(cards)} data sets present under {root} (vlbench list datasets)"))
     return found

@@ -12,7 +12,7 @@ import contextlib
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -132,6 +132,8 @@ def prepare(choice: Choice, session: Session) -> Job:
         Unsuitable: where model or data lack a part or a split that the adapter needs.
         UserError: for a wrong key in the card's protocol, or data that cannot be read.
     """
+    from vlbench.data.taskdata import class_notes
+
     card = choice.card
     adapter = ADAPTERS.get(card.adapter)
     missing = adapter.requires - session.encoder.backbone.card.provides
@@ -148,6 +150,9 @@ def prepare(choice: Choice, session: Session) -> Job:
     session.crew.go_to(crews.Place(choice.spec, tuple(card.splits.items()), tuple(splits)))
     reported = data.split(splits[-1])
     absent = adapter.needs - reported.provides
+    other = f"{card.adapter}_multilabel"
+    if "label" in absent and "labels" in reported.provides and other in ADAPTERS.names():
+        raise Unsuitable(f"{choice.spec} has several labels an image: ask for {other}")
     if absent:
         raise Unsuitable(f"{choice.spec} has no {' and no '.join(sorted(absent))}")
     content = {"data": data.fingerprint(tuple(splits)), "classes": list(reported.classes or ())}
@@ -155,7 +160,8 @@ def prepare(choice: Choice, session: Session) -> Job:
         content |= {"classes": list(data.classnames), "templates": list(data.templates)}
     ref = DataRef(spec=choice.said, split=reported.split, n=len(reported), fingerprint=fingerprint(content))
     sizes = {split: len(data.split(split)) for split in splits}
-    return Job(choice, adapter, config, data, ref, (*data.notes, *_size_notes(sizes, card.expected_sizes)))
+    counted = (*_size_notes(sizes, card.expected_sizes), *class_notes(reported.classes, card.expected_classes))
+    return Job(choice, adapter, config, data, ref, (*data.notes, *counted))
 
 
 def measure(job: Job, session: Session) -> tuple[Result, Rows]:
@@ -245,10 +251,8 @@ def _run_one(choice: Choice, session: Session, place: str) -> Done:
         _say_notes(_with_notes(session.results.rows(old), job.notes))
         return Done(old, reused=True)
     print(f"{place}: {job.data_ref.n:,} examples of {job.data_ref.spec}", flush=True)
-    try:
+    with _showing_progress(session):
         result, rows = measure(job, session)
-    finally:
-        _end_progress(session)
     result = session.results.save(result, rows)
     _say_notes(rows)
     headline = result.estimates[result.metric]
@@ -261,10 +265,8 @@ def _run_one(choice: Choice, session: Session, place: str) -> Done:
 def _with_spread(result: Result, rows: Rows, job: Job, session: Session) -> Result:
     """``result``, stored once more with what bf16 changes; as it is, and one note, where bf16 fails."""
     try:
-        try:
+        with _showing_progress(session):
             difference = bf16_difference(result, rows, job, session.encoder_in("bf16"))
-        finally:
-            _end_progress(session)
     except crews.Lost:
         raise
     except Exception as error:
@@ -277,9 +279,14 @@ def _with_spread(result: Result, rows: Rows, job: Job, session: Session) -> Resu
     return result
 
 
-def _end_progress(session: Session) -> None:
-    if session.encoder.progress is not None:
-        session.encoder.progress.close()
+@contextlib.contextmanager
+def _showing_progress(session: Session) -> Iterator[None]:
+    """What is shown of the encoding ends with the block, finished or not."""
+    try:
+        yield
+    finally:
+        if session.encoder.progress is not None:
+            session.encoder.progress.close()
 
 
 def _reads_prompts(adapter: Any, config: Config) -> bool:

@@ -109,4 +109,4 @@ def test_karpathy_needs_one_json(tmp_path):
         list_splits(f"karpathy:{tmp_path}")
     with pytest.raises(UserError, match=r"did you mean 'dataset_flickr30k\.json'"):
         list_splits(f"karpathy:{tmp_path}/dataset_flickr3k.json")
-    assert is_present(f"karpathy:{tmp_path}/dataset_flickr30k.json")
+    assert not is_present(f"karpathy:{tmp_path}/dataset_flickr30k.json")

@@ -398,11 +398,31 @@ def test_hf_says_what_is_wrong_with_a_folder(copied, tmp_path):
 def test_hf_without_network_says_what_to_fetch_and_where_to_put_it(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("vlbench.models.loaders.shared._reachable", lambda host: False)
-    for weights in (None, "random"):
-        message = error_of("hf:facebook/dinov2-base", weights=weights)
+    (tmp_path / "w.pt").write_bytes(b"x")
+    messages = {w: error_of("hf:facebook/dinov2-base", weights=w) for w in (None, "random", str(tmp_path / "w.pt"))}
+    for message in messages.values():
         assert "huggingface.co/facebook/dinov2-base" in message
         assert "--model hf:FOLDER" in message
         assert len(message) < 500
+    own, fresh, file = messages.values()
+    assert "model.safetensors" in own
+    assert own.endswith("--model hf:FOLDER")
+    assert "model.safetensors" not in fresh + file
+    assert fresh.endswith("--weights random")
+    assert file.endswith(f"--weights {tmp_path / 'w.pt'}")
+
+
+def test_hf_folder_in_the_place_of_weights_needs_no_repository(saved, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("vlbench.models.loaders.shared._reachable", lambda host: False)
+    folder, _ = saved("dinov2")
+    own = load_backbone(f"hf:{folder}")
+    card = load_backbone("dinov2-vit-b-14-224", weights=str(folder))
+    assert card.weights_hash == own.weights_hash
+    assert (card.card.id, card.card.published, card.card.licence) == ("dinov2-vit-b-14-224@dinov2", (), None)
+    assert load_backbone("hf:facebook/dinov2-base", weights=str(folder)).card.id == "hf:facebook/dinov2-base@dinov2"
+    assert "no config.json in" in error_of("dinov2-vit-b-14-224", weights=str(tmp_path))
+    assert "a folder; name the file in it" in error_of("timm:test_vit", weights=str(folder))
 
 
 def test_hf_repository_in_the_cache_needs_no_network(saved, monkeypatch, tmp_path):
@@ -419,7 +439,7 @@ def test_hf_repository_in_the_cache_needs_no_network(saved, monkeypatch, tmp_pat
 
 def test_hf_package_missing_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    assert "pip install 'vlbench[hf]'" in error_of("hf:facebook/dinov2-base")
+    assert "pip install 'transformers>=5' sentencepiece protobuf" in error_of("hf:facebook/dinov2-base")
 
 
 def test_nothing_else_imports_transformers():

@@ -234,3 +234,64 @@ def test_local_folder_without_weights_or_configuration_says_so(folder, tmp_path)
         load_backbone(f"open_clip:local-dir:{place}")
     with pytest.raises(UserError, match="cannot read its open_clip_config"):
         load_backbone(f"open_clip:local-dir:{tmp_path}")
+
+
+def test_hub_repository_names_the_model_wherever_its_files_lie(folder, monkeypatch, tmp_path):
+    place, _ = folder
+    snapshot = tmp_path / "models--me--tiny" / "snapshots" / "0123abc"
+    snapshot.parent.mkdir(parents=True)
+    place.rename(snapshot)
+    monkeypatch.setattr(loader, "_hub_folder", lambda repository: snapshot)
+    hub, local = load_backbone("open_clip:hf-hub:me/tiny"), load_backbone(f"open_clip:local-dir:{snapshot}")
+    assert hub.card.id == "open_clip:hf-hub:me/tiny"
+    assert hub.card.arch.startswith("me/tiny-")
+    assert "0123abc" not in hub.card.model_dump_json()
+    assert hub.weights_hash == local.weights_hash
+
+
+def test_hub_repository_s_own_tokenizer_is_read_from_its_folder(folder, monkeypatch):
+    place, _ = folder
+    config = {**CONFIG, "text_cfg": {**CONFIG["text_cfg"], "hf_tokenizer_name": "me/words"}}
+    (place / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    monkeypatch.setattr(loader, "_hub_folder", lambda repository: place)
+    asked = []
+
+    def ask(name):
+        asked.append(name)
+        return lambda texts, context_length: torch.ones(len(texts), context_length, dtype=torch.long)
+
+    monkeypatch.setattr(open_clip, "get_tokenizer", ask)
+    backbone = load_backbone("open_clip:hf-hub:me/tiny")
+    assert backbone.card.text.tokenizer == "open_clip:hf-hub:me/tiny"
+    assert asked == [], "linear and knn need none"
+    assert backbone.encode_text(["a", "b"]).shape == (2, 24)
+    assert backbone.encode_text(["c"]).shape == (1, 24)
+    assert asked == [f"local-dir:{place}"]
+
+
+def test_model_with_a_tokenizer_on_the_hub_is_probed_without_network(folder, monkeypatch):
+    pytest.importorskip("transformers")
+    place, _ = folder
+    config = {**CONFIG, "text_cfg": {**CONFIG["text_cfg"], "hf_tokenizer_name": "me/words"}}
+    (place / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    monkeypatch.setattr("vlbench.models.loaders.shared._reachable", lambda host: False)
+    backbone = load_backbone(f"open_clip:local-dir:{place}", weights="random")
+    assert torch.isfinite(backbone.encode_image(torch.randn(1, 3, 32, 32)).pooled_BD).all()
+    with pytest.raises(UserError, match=r"tokenizer\.json, tokenizer_config\.json .*linear and knn need no tokenizer"):
+        backbone.encode_text(["a"])
+
+
+def test_local_folder_with_its_own_tokenizer_reads_texts_without_network(folder, monkeypatch):
+    pytest.importorskip("transformers")
+    from tests.models.loaders import hf_models
+
+    place, model = folder
+    config = {**CONFIG, "text_cfg": {**CONFIG["text_cfg"], "hf_tokenizer_name": "me/words"}}
+    (place / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    hf_models.tokenizer("siglip").save_pretrained(place)
+    monkeypatch.setattr("vlbench.models.loaders.shared._reachable", lambda host: False)
+    backbone = load_backbone(f"open_clip:local-dir:{place}")
+    tokens_BL = open_clip.get_tokenizer(f"local-dir:{place}")(TEXTS)
+    assert tokens_BL.shape == (2, 20)
+    with torch.inference_mode():
+        torch.testing.assert_close(backbone.encode_text(TEXTS), model.encode_text(tokens_BL))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ _OPTIONS = {
 _RESTVAL = ("train", "apart")
 _FOLDERS = ("", "images", "flickr30k-images", "flickr30k_images", "Flickr8k_Dataset", "Images")
 """Where images are found below the JSON's own folder, and below the one above it."""
+_PLACE = re.compile(r'"(filename|filepath)":\s*"([^"\\]+)"')
+_GLANCE = 1 << 20  # bytes of the JSON: some hundred entries, of every split
 _TRIED = 20  # entries of which one must be there for a folder to be the folder of the images
 
 
@@ -182,8 +185,17 @@ def _image_folders(spec: DataSpec, file: Path) -> list[Path]:
 
 
 def _present(spec: DataSpec) -> bool:
-    path = local_path(spec)
-    return path.is_file() or len(list(path.glob("dataset_*.json"))) == 1
+    """Whether JSON and images are there, at a glance: reading COCO's takes seconds, and `vlbench list` asks for it."""
+    try:
+        file = _file(spec)
+        folders = _image_folders(spec, file)
+        with file.open("rb") as handle:
+            places = _PLACE.findall(handle.read(_GLANCE).decode(errors="replace"))
+    except (UserError, OSError):
+        return False
+    inner = {"", *(value for key, value in places if key == "filepath")}
+    there = [folder / part for folder in folders for part in inner if (folder / part).is_dir()]
+    return any((folder / value).is_file() for folder in there for key, value in places if key == "filename")
 
 
 READER = Reader(

@@ -178,11 +178,11 @@ def _image_folder(spec: DataSpec, folder: Path) -> Path | None:
 
 
 def _present(spec: DataSpec) -> bool:
+    """Whether texts and images are there: the texts alone can be read, and are no task's data."""
     try:
-        _folder(spec)
+        return _image_folder(spec, _folder(spec)) is not None
     except UserError:
         return False
-    return True
 
 
 READER = Reader(

@@ -63,18 +63,21 @@ _NO_TRACE = frozenset(
 def load(ref: str, *, weights: str | None = None, seed: int = 0) -> TorchBackbone:
     """The model in the folder or repository ``ref``.
 
-    ``weights`` replaces its weights by a file of the same layout, or is a folder in the place of ``ref``. ``random``
-    needs no more than ``config.json``: without ``preprocessor_config.json`` it prepares images as CLIP does, without a tokenizer it reads no texts.
+    ``weights`` replaces its weights by a file of the same layout, or all of it by a folder. ``random`` needs no more
+    than ``config.json``: without ``preprocessor_config.json`` it prepares images as CLIP does, without a tokenizer it
+    reads no texts.
 
     Raises:
         UserError: for a package, folder, file or repository that is missing, a model type that is not known here, or
             weights that do not fit.
     """
     _require_transformers()
-    if weights not in (None, RANDOM) and _is_folder(str(weights)):
-        ref, weights = str(weights), None
     where = f"hf:{ref}"
-    folder = _folder(ref, weights)
+    name = f"hf:{Path(ref).expanduser().resolve().name}" if _is_folder(ref) else where
+    if weights is not None and weights != RANDOM and _is_folder(weights):
+        where, folder, weights = f"hf:{weights}", Path(weights), None
+    else:
+        folder = _folder(ref, weights)
     config, family = _config(folder, where)
     with _quietly():
         if weights == RANDOM:
@@ -91,7 +94,7 @@ def load(ref: str, *, weights: str | None = None, seed: int = 0) -> TorchBackbon
             length = family.text.context(config)
             tokenizer = HfTokenizer(folder, context_length=length, trim=family.text.trim, where=where)
     card = ModelCard(
-        id=f"hf:{folder.resolve().name}" if _is_folder(ref) else where,
+        id=name,
         loader="hf",
         arch=arch,
         preprocess=preprocess,
@@ -171,9 +174,7 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str], advice
         reason = (" ".join(str(error).split()) or type(error).__name__)[:120]
         if isinstance(error, LocalEntryNotFoundError):
             reason = "huggingface.co cannot be reached, and its cache here has nothing of it"
-        raise UserError(
-            f"hf:{repository}: not on this machine and cannot be downloaded ({reason}); {advice}"
-        ) from None
+        raise UserError(f"hf:{repository}: not on this machine and cannot be downloaded ({reason}); {advice}") from None
 
 
 def _by_hand(repository: str, weights: str | None) -> str:

@@ -91,9 +91,7 @@ def _from_folder(folder: Path, weights: str | None, seed: int, *, repository: st
         raise UserError(f"open_clip:{called}: cannot read its {_CONFIG_FILE} ({reason})") from None
     file = weights or next((str(folder / name) for name in _WEIGHT_FILES if (folder / name).is_file()), None)
     if file is None:
-        raise UserError(
-            f"open_clip:{called}: has none of {', '.join(_WEIGHT_FILES)}; pass --weights FILE or random"
-        )
+        raise UserError(f"open_clip:{called}: has none of {', '.join(_WEIGHT_FILES)}; pass --weights FILE or random")
     quick_gelu = bool(config.get("quick_gelu", False))
     # A folder's name says nothing of what is in it, so the configuration itself is part of the architecture's name.
     name = f"{repository or folder.resolve().name}-{fingerprint(config)[:8]}"
