@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 3000
 
-.PHONY: setup demo test test-slow check bench leaderboard clean
+.PHONY: setup demo test test-slow check bench bench-peers leaderboard clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,11 @@ leaderboard: setup
 bench: setup       ## speed and footprint
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/train_throughput.py
+
+bench-peers: setup ## beside CLIP_benchmark and scikit-learn, and retrieval at scale; minutes to half an hour each
+	$(BIN)/python benchmarks/eval_vs_clip_benchmark.py
+	$(BIN)/python benchmarks/probe_vs_sklearn.py
+	$(BIN)/python benchmarks/retrieval_scale.py
 
 clean:
 	rm -rf $(VENV) demo runs

@@ -16,7 +16,7 @@ What is compared is told as it is:
 - The peer's probe refuses to run without CUDA. On a CPU it runs "shimmed": under ``python -O``, which drops that
   assertion, with ``.cuda()`` doing nothing. Its arithmetic is untouched.
 
-Photographs: CIFAR-10 (``--images``, a vlbench data spec with labels), enlarged to 320 x 240 and written as JPEG, so
+Photographs: CIFAR-10, or the images of ``--images``, enlarged to 320 x 240 and written as JPEG, so
 that decoding costs what it does for photographs from the web. Captions are made up, all different, and as long as
 people's (11.9 words on average).
 """
@@ -43,6 +43,7 @@ from typing import Any
 PEER = "clip-benchmark==1.6.2"
 BESIDE_PEER = ("requests", "numpy<2.4")  # not declared by it; with a newer numpy its accuracy() raises
 SHARED = ("torch", "torchvision", "open_clip_torch", "timm", "pillow")
+PHOTOGRAPHS = "hf:../shared/data/cifar10"
 CAPTIONS = 5
 TEMPLATES = ("a photo of a {c}.", "a blurry photo of a {c}.", "a photo of the small {c}.")
 METRICS = {
@@ -94,15 +95,22 @@ class Run:
 
 def main() -> int:
     """Run what was asked for. Returns 1 where numbers disagree."""
+    from vlbench.data.sources import is_present
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="ViT-S-32-alt,tiny", help="of ViT-S-32-alt and tiny, by commas")
-    parser.add_argument("--images", default="hf:../shared/data/cifar10", help="labelled photographs, as a data spec")
+    parser.add_argument(
+        "--images",
+        help="labelled images with train and test, a data spec (default: CIFAR-10, else the embedded world)",
+    )
     parser.add_argument("--test", type=int, default=1000, help="test photographs")
     parser.add_argument("--train", type=int, default=2000, help="training photographs of the probe")
     parser.add_argument("--parity", action="store_true", help="all test photographs as they are, and no timing")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch threads of either tool")
     parser.add_argument("--keep", metavar="DIR", help="work here and leave everything there")
     args = parser.parse_args()
+    if args.images is None:
+        args.images = PHOTOGRAPHS if is_present(PHOTOGRAPHS) else "shapes:classes"
 
     work = Path(args.keep or tempfile.mkdtemp(prefix="vlbench-peer-")).resolve()
     work.mkdir(parents=True, exist_ok=True)
