@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     import torch
 
@@ -30,3 +32,25 @@ def principal_axes(centred_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     kept = spread_K > FLAT * spread_K.max().clamp(min=FLAT)
     axes_KP = axes_KK[:, kept]
     return spread_K[kept], axes_KP if basis_DK is None else basis_DK @ axes_KP
+
+
+class OnAxes:
+    """Training features centred, divided by one number and turned to their axes.
+
+    The number is the root of their mean squared length after centring.
+
+    Args:
+        features_ND: training features.
+        device: where the arithmetic happens, in float64.
+    """
+
+    def __init__(self, features_ND: np.ndarray, *, device: str) -> None:
+        import torch
+
+        features = torch.from_numpy(np.ascontiguousarray(features_ND)).to(device, torch.float64)
+        self.mean_D = features.mean(dim=0)
+        centred_ND = features - self.mean_D
+        self.scale = float(centred_ND.square().sum(dim=1).mean().sqrt()) or 1.0
+        centred_ND /= self.scale
+        self.spread_P, self.axes_DP = principal_axes(centred_ND)
+        self.rotated_NP = centred_ND @ self.axes_DP

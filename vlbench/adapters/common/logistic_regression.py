@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlbench.adapters.common.axes import principal_axes
+from vlbench.adapters.common.axes import OnAxes
 from vlbench.adapters.common.multilabel import training_gaps
 from vlbench.core.errors import UserError
 
@@ -44,7 +44,7 @@ class OneVsRest:
         return np.asarray(features_ND, dtype=np.float64) @ self.weight_DC + self.bias_C
 
 
-class LogisticRegressions:
+class LogisticRegressions(OnAxes):
     """One training set, prepared once and fitted for as many penalties as are asked for.
 
     Args:
@@ -62,13 +62,7 @@ class LogisticRegressions:
         self.learnt_C = ~training_gaps(labels_NC)
         if not self.learnt_C.any():
             raise UserError("no class has both a positive and a negative training image: there is nothing to learn")
-        features = torch.from_numpy(np.ascontiguousarray(features_ND)).to(device, torch.float64)
-        self.mean_D = features.mean(dim=0)
-        centred_ND = features - self.mean_D
-        self.scale = float(centred_ND.square().sum(dim=1).mean().sqrt()) or 1.0
-        centred_ND /= self.scale
-        self.spread_P, self.axes_DP = principal_axes(centred_ND)
-        self.rotated_NP = centred_ND @ self.axes_DP
+        super().__init__(features_ND, device=device)
         labels = torch.from_numpy(np.ascontiguousarray(labels_NC[:, self.learnt_C])).to(device)
         self.known_NL, self.target_NL = (labels >= 0).double(), (labels == 1).double()
         share_L = self.target_NL.sum(dim=0) / self.known_NL.sum(dim=0)

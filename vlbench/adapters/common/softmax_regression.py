@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlbench.adapters.common.axes import principal_axes
+from vlbench.adapters.common.axes import OnAxes
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +48,7 @@ class Fit:
         return np.asarray(features_ND, dtype=np.float64) @ self.weight_DC + self.bias_C
 
 
-class SoftmaxRegression:
+class SoftmaxRegression(OnAxes):
     """One training set, prepared once and fitted for as many penalties as are asked for.
 
     Args:
@@ -61,15 +61,8 @@ class SoftmaxRegression:
     def __init__(self, features_ND: np.ndarray, labels_N: np.ndarray, n_classes: int, *, device: str = "cpu") -> None:
         import torch
 
-        features = torch.from_numpy(np.ascontiguousarray(features_ND)).to(device, torch.float64)
+        super().__init__(features_ND, device=device)
         self.n_classes = n_classes
-        self.mean_D = features.mean(dim=0)
-        centred_ND = features - self.mean_D
-        variance = centred_ND.square().sum(dim=1).mean()
-        self.scale = float(variance.sqrt()) or 1.0
-        centred_ND /= self.scale
-        self.spread_P, self.axes_DP = principal_axes(centred_ND)
-        self.rotated_NP = centred_ND @ self.axes_DP
         self.labels_N = torch.from_numpy(labels_N).to(device)
 
     def fit(self, c: float, *, tolerance: float = 1e-6, max_iterations: int = 1000, start: Fit | None = None) -> Fit:
