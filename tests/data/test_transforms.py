@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.data.making import pixels
 from vlbench.core.cards import Preprocess
-from vlbench.data.transforms import Augment, augment, eval_transform, normalise
+from vlbench.data.transforms import Augment, View, augment, eval_transform, normalise
 
 SIZES = [(64, 64), (48, 97), (301, 199), (7, 120), (224, 225), (33, 20)]
 
@@ -98,10 +98,11 @@ def test_augment_is_a_function_of_the_generator():
 def test_augment_without_anything_to_do_is_a_resize():
     settings = Augment(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
     image = smooth(64, 64)
-    view_CHW, flipped = augment(image, np.random.default_rng(0), settings, (32, 32))
+    view_CHW, view = augment(image, np.random.default_rng(0), settings, (32, 32))
     expected = image.resize((32, 32), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(view_CHW.permute(1, 2, 0).numpy(), np.asarray(expected))
-    assert flipped is False
+    assert view.flipped is False
+    assert (view.left, view.top, view.width, view.height) == (0, 0, 64, 64)
 
 
 def test_augment_reports_the_flip():
@@ -110,10 +111,32 @@ def test_augment_reports_the_flip():
     plain = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
     flips = 0
     for seed in range(200):
-        view_CHW, flipped = augment(image, np.random.default_rng(seed), settings, (32, 32))
-        assert torch.equal(view_CHW, plain.flip(2) if flipped else plain)
-        flips += flipped
+        view_CHW, view = augment(image, np.random.default_rng(seed), settings, (32, 32))
+        assert torch.equal(view_CHW, plain.flip(2) if view.flipped else plain)
+        flips += view.flipped
     assert 70 < flips < 130
+
+
+def test_augment_view_moves_boxes_with_the_pixels():
+    # A white box on black: where its pixels lie in the view is where the view says the box lies.
+    image = Image.new("RGB", (120, 80))
+    image.paste((255, 255, 255), (40, 20, 90, 60))
+    settings = Augment(crop_scale=(0.3, 0.9), crop_ratio=(0.7, 1.4), flip=True, interpolation="bilinear")
+    for seed in range(40):
+        view_CHW, view = augment(image, np.random.default_rng(seed), settings, (64, 96))
+        x1, y1, x2, y2 = view.box((40, 20, 90, 60))
+        lit = view_CHW[0] > 127
+        if not lit.any():
+            continue
+        rows, columns = lit.any(1).nonzero()[:, 0], lit.any(0).nonzero()[:, 0]
+        found = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+        np.testing.assert_allclose(found, (x1, y1, x2, y2), atol=1.0)
+
+
+def test_augment_view_of_a_box_outside_the_crop_is_empty():
+    view = View(left=50, top=50, width=50, height=50, size=(10, 10), flipped=False)
+    x1, y1, x2, y2 = view.box((0, 0, 40, 40))
+    assert (x2 - x1) * (y2 - y1) == 0
 
 
 def test_augment_crops_within_the_scale():

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 from tests.train.conftest import CLASSES, in_process, on_ranks
 from vlbench.core.errors import RunError, UserError
-from vlbench.models.weights import read_checkpoint
+from vlbench.models.weights import checkpoint_assets, read_checkpoint
 from vlbench.recipes.supervised import RECIPE, Supervised
 from vlbench.train.distributed import Ranks, session
 from vlbench.train.loop import fit
@@ -321,3 +321,34 @@ def test_batch_that_cannot_be_shared_is_refused(
     with pytest.raises(UserError, match="8 cannot be shared by 3 ranks in accumulate=2 parts; make it a multiple of 6"):
         fit(RECIPE, settings("accumulate=2"), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+class Learned(Supervised):
+    """Supervision whose head starts from something learnt of the data, and which cannot do without it."""
+
+    learnt = 0
+
+    def __init__(self, word: bytes | None = None) -> None:
+        self.word = word
+
+    def learn_assets(self, config: Any, data: Any) -> dict[str, bytes]:
+        type(self).learnt += 1
+        return {"word": " ".join(data.classes).encode()}
+
+    def with_assets(self, assets: Mapping[str, bytes]) -> Learned:
+        return type(self)(assets["word"])
+
+    def collate(self, config: Any, samples: Any) -> dict[str, torch.Tensor]:
+        assert self.word == b"blue green grey red"
+        return super().collate(config, samples)
+
+
+def test_assets_are_learnt_once_and_travel_in_the_checkpoint(settings: Callable[..., Any], tmp_path: Path) -> None:
+    Learned.learnt = 0
+    with pytest.raises(Stop):
+        fit(Learned(), settings(), out=tmp_path, watcher=StopAt(6))
+    saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    assert checkpoint_assets(saved) == {"word": b"blue green grey red"}
+    fit(Learned(), settings(), out=tmp_path, resume=True)
+    assert Learned.learnt == 1
+    assert checkpoint_assets(torch.load(tmp_path / "ckpt.pt", weights_only=True)) == {"word": b"blue green grey red"}

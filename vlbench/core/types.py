@@ -31,8 +31,9 @@ RESULT_SCHEMA_VERSION: Final = 1
 Part: TypeAlias = Literal["image", "text", "label", "labels", "regions"]
 """What an example may carry. ``labels`` is ``extra["labels"]``: int8 by class, 1 present, 0 absent, -1 not counted."""
 
-Provides: TypeAlias = Literal["pooled", "embed", "tokens", "maps", "text"]
-"""What a backbone may offer: see Features; ``text`` means that it can embed texts."""
+Provides: TypeAlias = Literal["pooled", "embed", "tokens", "maps", "text", "captions", "match"]
+"""What a backbone may offer. The first four: see Features. ``text``: it embeds texts; ``captions``: it describes images
+(``describe``); ``match``: it scores image-text pairs together (``match``), as a single-stream model does."""
 
 
 # ------------------------------------------------------------------------------------------------- data
@@ -141,6 +142,12 @@ class Sample:
     """-1 where the example has no label."""
     flipped: bool = False
     """Whether the image was mirrored, for recipes whose text must follow."""
+    id: str = ""
+    """The example's id, for recipes that keep something else by it."""
+    regions: tuple[Region, ...] = ()
+    """What of the example's regions the crop has left, boxes in pixels of ``image_CHW``; for recipes that need them."""
+    seed: int = 0
+    """For what ``collate`` draws (masked words): a function of seed and position alone, as the image is."""
 
 
 class Recipe(Protocol):
@@ -152,6 +159,16 @@ class Recipe(Protocol):
     needs: frozenset[Part]
     """The parts an example must have. A missing ``text`` may be made from the label by a prompt template."""
 
+    def learn_assets(self, config: Any, data: Any) -> dict[str, bytes]:
+        """What must be made from the training data before training: a vocabulary, say. Usually nothing.
+
+        Called once, by the first rank; ``data`` is a ``data.stream.Mixture``. The same data give the same bytes. They
+        are kept in the checkpoint.
+        """
+
+    def with_assets(self, assets: Mapping[str, bytes]) -> Recipe:
+        """The recipe that has its assets: its other methods are called on what this returns."""
+
     def build(self, config: Any, classes: Sequence[str]) -> torch.nn.Module:
         """A freshly initialised model. The caller has seeded torch."""
 
@@ -159,7 +176,10 @@ class Recipe(Protocol):
         """A batch from samples, tokenised; called in loader processes."""
 
     def loss(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
-        """``{"loss": scalar, ...}``; further scalars are logged. Exact over ranks: see ``train/losses.py``."""
+        """``{"loss": scalar, ...}``; further scalars are logged. Exact over ranks: see ``train/losses.py``.
+
+        ``batch`` is what ``collate`` made and ``epoch``, a scalar: passes over the data before this step.
+        """
 
     def after_step(self, model: torch.nn.Module) -> None:
         """What must hold after every optimizer step: CLIP's clamp of the logit scale, say. Usually nothing."""

@@ -7,6 +7,8 @@ floats there. B batch, C channels, H height, W width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, Self
 
 import numpy as np
@@ -93,9 +95,31 @@ def normalise(images_BCHW: torch.Tensor, pre: Preprocess) -> torch.Tensor:
     return images_BCHW.to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
+@dataclass(frozen=True, slots=True)
+class View:
+    """Which part of an image a training sample shows."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+    """The crop, in pixels of the image."""
+    size: tuple[int, int]
+    """Height and width that it was resized to."""
+    flipped: bool
+    """Whether it was then mirrored."""
+
+    def box(self, box_xyxy: Sequence[float]) -> tuple[float, float, float, float]:
+        """A box of the image in pixels of the view, cut at its edges: empty where the crop has left nothing of it."""
+        high, wide = self.size
+        x1, x2 = (min(max((x - self.left) / self.width, 0.0), 1.0) * wide for x in (box_xyxy[0], box_xyxy[2]))
+        y1, y2 = (min(max((y - self.top) / self.height, 0.0), 1.0) * high for y in (box_xyxy[1], box_xyxy[3]))
+        return (wide - x2, y1, wide - x1, y2) if self.flipped else (x1, y1, x2, y2)
+
+
 def augment(
     image: Image.Image, rng: np.random.Generator, augment: Augment, size: tuple[int, int]
-) -> tuple[torch.Tensor, bool]:
+) -> tuple[torch.Tensor, View]:
     """One random view of an RGB image. All randomness comes from ``rng``.
 
     Args:
@@ -105,7 +129,7 @@ def augment(
         size: height, width of the view.
 
     Returns:
-        The view as ``uint8`` CHW, and whether it was mirrored.
+        The view as ``uint8`` CHW, and which part of the image it is.
     """
     top, left, height, width = _crop(image, rng, augment)
     view = image.crop((left, top, left + width, top + height))
@@ -119,7 +143,7 @@ def augment(
     view_CHW = tf.pil_to_tensor(view)
     if augment.random_erasing and rng.random() < augment.random_erasing:
         _erase(view_CHW, rng)
-    return view_CHW, bool(flipped)
+    return view_CHW, View(left, top, width, height, size, bool(flipped))
 
 
 def _crop(image: Image.Image, rng: np.random.Generator, augment: Augment) -> tuple[int, int, int, int]:

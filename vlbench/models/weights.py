@@ -91,6 +91,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def asset_tensors(assets: Mapping[str, bytes]) -> dict[str, torch.Tensor]:
+    """A recipe's assets (vocabularies) as a checkpoint holds them: plain tensors, which load with ``weights_only``."""
+    return {name: torch.frombuffer(bytearray(content), dtype=torch.uint8) for name, content in assets.items()}
+
+
+def checkpoint_assets(checkpoint: Mapping[str, Any]) -> dict[str, bytes]:
+    """The assets in a checkpoint; none in those of older versions."""
+    return {name: content.numpy().tobytes() for name, content in checkpoint.get("assets", {}).items()}
+
+
 def existing_file(path: str | Path) -> Path:
     """``path`` as a Path. Raises UserError with the nearest file beside it where it does not exist."""
     path = Path(path).expanduser()

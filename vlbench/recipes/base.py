@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from vlbench.core.cards import TextSpec
-from vlbench.core.types import Backbone, Part, Sample
+from vlbench.core.types import Backbone, Part, Recipe, Sample
 from vlbench.data.transforms import Augment, normalise
 from vlbench.models.export import export_two_tower
 from vlbench.models.text import TextConfig, Tokenizer
@@ -45,6 +45,14 @@ class BaseRecipe:
     Config: ClassVar[type[PretrainConfig]]
     presets: Mapping[str, Any]
     needs: frozenset[Part]
+
+    def learn_assets(self, config: Any, data: Any) -> dict[str, bytes]:
+        """Nothing."""
+        return {}
+
+    def with_assets(self, assets: Mapping[str, bytes]) -> Recipe:
+        """The recipe itself."""
+        return self  # type: ignore[return-value]
 
     def after_step(self, model: torch.nn.Module) -> None:
         """Nothing."""
@@ -80,6 +88,22 @@ class TwoTowerRecipe(BaseRecipe):
             "tokens_BL": _tokenizer(config.text.spec())(texts),
             "labels_B": torch.tensor([sample.label for sample in samples]),
         }
+
+    def loss(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+        """Both towers, then ``contrast``."""
+        image_BE, text_BE, logit_scale = model(self.images(batch, config), batch["tokens_BL"])
+        return {"loss": self.contrast(image_BE, text_BE, logit_scale, batch, config), "logit_scale": logit_scale}
+
+    def contrast(
+        self,
+        image_BE: torch.Tensor,
+        text_BE: torch.Tensor,
+        logit_scale: torch.Tensor,
+        batch: Mapping[str, torch.Tensor],
+        config: Any,
+    ) -> torch.Tensor:
+        """The loss of unit-norm embeddings: the part that looks at the whole batch."""
+        raise NotImplementedError
 
     def after_step(self, model: torch.nn.Module) -> None:
         """Hold the logit scale at its maximum, where there is one."""

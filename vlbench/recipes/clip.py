@@ -73,10 +73,16 @@ class Clip(TwoTowerRecipe):
     Config = ClipConfig
     presets: Mapping[str, Any] = {"tiny": TINY, "paper": PAPER}
 
-    def loss(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+    def contrast(
+        self,
+        image_BE: torch.Tensor,
+        text_BE: torch.Tensor,
+        logit_scale: torch.Tensor,
+        batch: Mapping[str, torch.Tensor],
+        config: Any,
+    ) -> torch.Tensor:
         """Symmetric cross-entropy over the whole batch of all ranks."""
-        image_BE, text_BE, logit_scale = model(self.images(batch, config), batch["tokens_BL"])
-        return {"loss": clip_loss(image_BE, text_BE, logit_scale), "logit_scale": logit_scale}
+        return clip_loss(image_BE, text_BE, logit_scale)
 
 
 RECIPE = Clip()

@@ -99,13 +99,16 @@ class Unicl(TwoTowerRecipe):
     Config = UniclConfig
     presets: Mapping[str, Any] = {"tiny": TINY, "paper": PAPER}
 
-    def loss(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+    def contrast(
+        self,
+        image_BE: torch.Tensor,
+        text_BE: torch.Tensor,
+        logit_scale: torch.Tensor,
+        batch: Mapping[str, torch.Tensor],
+        config: Any,
+    ) -> torch.Tensor:
         """Bidirectional contrastive loss over the whole batch of all ranks; its floor is above 0."""
-        image_BE, text_BE, logit_scale = model(self.images(batch, config), batch["tokens_BL"])
-        return {
-            "loss": unicl_loss(image_BE, text_BE, batch["labels_B"], logit_scale),
-            "logit_scale": logit_scale,
-        }
+        return unicl_loss(image_BE, text_BE, batch["labels_B"], logit_scale)
 
 
 RECIPE = Unicl()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -17,13 +18,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vlbench.core.errors import BadExample, UserError
-from vlbench.core.types import Example, Recipe, Sample
+from vlbench.core.types import Example, Recipe, Region, Sample
 from vlbench.data.images import decode
 from vlbench.data.prompting import draw_text
 from vlbench.data.sources import open_source
 from vlbench.data.spec import parse_spec
 from vlbench.data.stream import Mixture
-from vlbench.data.transforms import augment
+from vlbench.data.transforms import View, augment
 from vlbench.train.config import PretrainConfig
 from vlbench.train.distributed import Ranks
 from vlbench.train.templates import named_templates
@@ -49,6 +50,8 @@ def open_mixture(recipe: Recipe, config: PretrainConfig) -> Mixture:
             raise UserError(f"data {source.spec!r} has no labels, and {recipe.name} learns from labels; leave it out")
         if "text" in recipe.needs and not source.classes and "text" not in source.provides:
             raise UserError(f"data {source.spec!r} has neither texts nor labels, and {recipe.name} learns from texts")
+        if "regions" in recipe.needs and "regions" not in source.provides:
+            raise UserError(f"data {source.spec!r} has no regions, and {recipe.name} learns from them; leave it out")
     return Mixture(
         sources,
         [spec.weight for spec in specs],
@@ -110,9 +113,17 @@ class Samples(Dataset[Item | UserError]):
         assert example.image is not None, "the mixture checks this"
         side = self.config.visual.image_size
         image = decode(example.image, where=example.id)
-        image_CHW, flipped = augment(image, rng, self.config.augment, (side, side))
+        image_CHW, view = augment(image, rng, self.config.augment, (side, side))
         text = self._text(templates, example, label, rng) if "text" in self.recipe.needs else None
-        return Sample(image_CHW=image_CHW, text=text, label=label, flipped=flipped)
+        return Sample(
+            image_CHW=image_CHW,
+            text=text,
+            label=label,
+            flipped=view.flipped,
+            id=example.id,
+            regions=_in_view(example.regions, view) if "regions" in self.recipe.needs else (),
+            seed=int(rng.integers(2**63)),
+        )
 
     def _text(self, templates: Sequence[str], example: Example, label: int, rng: np.random.Generator) -> str:
         classname = self.mixture.classes[label] if label >= 0 else None
@@ -121,6 +132,16 @@ class Samples(Dataset[Item | UserError]):
             languages = ", ".join(self.config.languages)
             raise BadExample(f"no text in {languages}", example.id, "and no label to make one of")
         return text
+
+
+def _in_view(regions: Sequence[Region], view: View) -> tuple[Region, ...]:
+    """The regions of which the view shows at least a pixel each way; their masks stay behind."""
+    moved = (replace(region, box_xyxy=view.box(region.box_xyxy), segmentation=None) for region in regions)
+    return tuple(region for region in moved if _sides(region.box_xyxy) >= 1)
+
+
+def _sides(box_xyxy: Sequence[float]) -> float:
+    return min(box_xyxy[2] - box_xyxy[0], box_xyxy[3] - box_xyxy[1])
 
 
 class Positions(Sampler[list[int]]):

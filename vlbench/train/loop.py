@@ -24,10 +24,11 @@ from vlbench.core.cards import ModelCard
 from vlbench.core.errors import RunError, UserError
 from vlbench.core.types import Recipe
 from vlbench.data.stream import BadTally, Mixture
+from vlbench.models.weights import asset_tensors, checkpoint_assets
 from vlbench.train import checkpoint
 from vlbench.train.batches import Batch, batches, data_identity, open_mixture
 from vlbench.train.config import PretrainConfig
-from vlbench.train.distributed import Ranks, barrier, gather_objects, ranks
+from vlbench.train.distributed import Ranks, barrier, from_first, gather_objects, ranks
 from vlbench.train.optim import build_optimizer, set_learning_rate
 from vlbench.train.progress import Silent, Watcher
 from vlbench.train.schedule import learning_rate
@@ -53,6 +54,8 @@ class _Run:
     card: ModelCard
     identity: list[dict[str, Any]]
     """Of the data, as ``data_identity`` gives it."""
+    assets: dict[str, bytes]
+    """What the recipe learnt of the data before training."""
     step: int = 0
     """Steps done."""
     seconds: float = 0.0
@@ -105,7 +108,9 @@ def fit(
     if saved is not None and saved["step"] >= config.steps:
         watcher.say(f"this run is finished ({saved['step']} steps)")
         return path
-    run = _prepare(recipe, config, out=out, device=device, here=here)
+    run = _prepare(
+        recipe, config, out=out, device=device, here=here, assets=None if saved is None else checkpoint_assets(saved)
+    )
     if saved is not None:
         _restore(run, saved)
         watcher.say(f"resuming from step {run.step} of {config.steps}")
@@ -157,6 +162,7 @@ def _one_step(run: _Run, step: int, stream: Iterator[Batch]) -> tuple[float, dic
     total: dict[str, torch.Tensor] = {}
     for part in range(config.accumulate):
         batch = _next(run, stream)
+        batch["epoch"] = torch.tensor(step * config.batch_size / len(run.mixture), device=run.device)
         _seed(config.seed, _STEP, step, part, run.here.rank)  # after the loader, which draws numbers when it starts
         with _synchronised(run.model, last=part == config.accumulate - 1):
             with torch.autocast(run.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -183,8 +189,19 @@ def _next(run: _Run, stream: Iterator[Batch]) -> Batch:
     return {name: tensor.to(run.device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def _prepare(recipe: Recipe, config: PretrainConfig, *, out: Path, device: torch.device, here: Ranks) -> _Run:
+def _prepare(
+    recipe: Recipe,
+    config: PretrainConfig,
+    *,
+    out: Path,
+    device: torch.device,
+    here: Ranks,
+    assets: dict[str, bytes] | None,
+) -> _Run:
     mixture = open_mixture(recipe, config)
+    if assets is None:
+        assets = from_first(recipe.learn_assets(config, mixture) if here.first else {})
+    recipe = recipe.with_assets(assets)
     _seed(config.seed, _INIT)
     # Channels last: convolutions are up to 1.4 times faster for it on CPUs, and GPUs prefer it in bfloat16.
     module = recipe.build(config, mixture.classes).to(device, memory_format=torch.channels_last)
@@ -199,7 +216,7 @@ def _prepare(recipe: Recipe, config: PretrainConfig, *, out: Path, device: torch
     card = card.model_copy(update={"id": out.resolve().name, "seed": config.seed})
     optimizer = build_optimizer(module, config.optim)
     identity = data_identity(config, mixture)
-    return _Run(recipe, config, out, device, here, mixture, module, model, optimizer, card, identity)
+    return _Run(recipe, config, out, device, here, mixture, module, model, optimizer, card, identity, assets)
 
 
 def _restore(run: _Run, saved: dict[str, Any]) -> None:
@@ -253,6 +270,7 @@ def _save(run: _Run, *, finished: bool) -> None:
             "recipe": run.recipe.name,
             "config": run.config.model_dump(mode="json"),
             "classes": list(run.mixture.classes),
+            "assets": asset_tensors(run.assets),
             "card": run.card.model_copy(update={"images_seen": samples}).model_dump(mode="json"),
             "model": run.module.state_dict(),
             "step": run.step,

@@ -83,6 +83,31 @@ def test_wds_reads_the_caption_of_json_where_there_is_no_txt(tmp_path):
     assert open_source(f"wds:{tar}")[0].texts == {"en": ("a cat",)}
 
 
+def test_wds_reads_tags_and_boxes_of_json_as_regions(tmp_path):
+    record = {"tags": ["red circle", "blue star"], "boxes": [[1, 2, 30, 40], [5.5, 6, 7, 8]]}
+    write_tar(tmp_path / "0.tar", {"a.png": png(0), "a.json": json.dumps(record).encode()})
+    source = open_source(f"wds:{tmp_path}/0.tar")
+    assert source.provides == {"image", "regions"}
+    assert [(region.category, region.box_xyxy) for region in source[0].regions] == [
+        ("red circle", (1.0, 2.0, 30.0, 40.0)),
+        ("blue star", (5.5, 6.0, 7.0, 8.0)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"tags": ["a", "b"], "boxes": [[0, 0, 1, 1]]}, "as many boxes as tags"),
+        ({"tags": ["a"], "boxes": [[0, 0, 1]]}, r"left, top, right, bottom.*\[0, 0, 1\]"),
+        ({"tags": ["a"], "boxes": [[0, 0, 1, "x"]]}, "left, top, right, bottom"),
+    ],
+)
+def test_wds_names_what_is_no_region(tmp_path, record, message):
+    write_tar(tmp_path / "0.tar", {"a.png": png(0), "a.json": json.dumps(record).encode()})
+    with pytest.raises(BadExample, match=message):
+        open_source(f"wds:{tmp_path}/0.tar")[0]
+
+
 def test_wds_ids_name_the_shard_where_keys_repeat(tmp_path):
     for shard in range(2):
         write_tar(tmp_path / f"{shard}.tar", pairs(2))

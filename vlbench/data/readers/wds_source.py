@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vlbench.core.errors import BadExample, UserError
-from vlbench.core.types import Example, Part
+from vlbench.core.types import Example, Part, Region
 from vlbench.data.images import IMAGE_EXTENSIONS, not_empty
 from vlbench.data.readers.tarindex import TarIndex, read_members
 from vlbench.data.sources import BaseSource
@@ -106,6 +106,12 @@ class WdsSource(BaseSource):
                     members = {ext: place for ext, place in tar.members(0).items() if ext == "json"}
                     if self._annotations(read_members(tar.path, members), tar.path)["texts"]:
                         parts.add("text")
+            if tar.has("json") and len(tar):
+                with contextlib.suppress(BadExample):
+                    members = {ext: place for ext, place in tar.members(0).items() if ext == "json"}
+                    record = _json(read_members(tar.path, members)["json"], tar.path) if members else {}
+                    if "boxes" in record:
+                        parts.add("regions")
         return parts
 
     @staticmethod
@@ -152,7 +158,7 @@ class WdsSource(BaseSource):
             texts = _by_language("en", [record["caption"]])
         if "npy" in data:
             record["labels"] = _multilabel(data["npy"], where, getattr(self, "classes", None))
-        return {"texts": texts, "extra": record}
+        return {"texts": texts, "regions": _regions(record, where), "extra": record}
 
     def _label_count(self) -> int:
         """The length of the first readable ``.npy``: how many classes there are where no file names them."""
@@ -186,6 +192,19 @@ def _captions(record: dict[str, Any], where: str) -> dict[str, tuple[str, ...]]:
             raise BadExample("bad JSON", where, f"captions of language {language!r} are not a list of texts")
         texts |= _by_language(language, lines)
     return texts
+
+
+def _regions(record: dict[str, Any], where: str) -> tuple[Region, ...]:
+    """``tags`` and ``boxes`` (corners in pixels: left, top, right, bottom) of a sample as its regions."""
+    tags, boxes = record.get("tags"), record.get("boxes")
+    if tags is None or boxes is None:
+        return ()
+    if not isinstance(tags, list) or not isinstance(boxes, list) or len(tags) != len(boxes):
+        raise BadExample("bad regions", where, "its JSON needs as many boxes as tags, each a list")
+    for box in boxes:
+        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(x, int | float) for x in box):
+            raise BadExample("bad regions", where, f"a box is [left, top, right, bottom] in pixels, not {box!r:.60}")
+    return tuple(Region(str(tag), tuple(map(float, box))) for tag, box in zip(tags, boxes))
 
 
 def _by_language(language: str, lines: Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -10,7 +10,7 @@ from vlbench.core.catalog import RECIPES
 from vlbench.core.config import Config, parse
 from vlbench.core.errors import UserError
 from vlbench.models.loaders.shared import RANDOM, seeded
-from vlbench.models.weights import load_strictly, read_checkpoint, read_weights
+from vlbench.models.weights import checkpoint_assets, load_strictly, read_checkpoint, read_weights
 
 # What the trainer knows and the recipe's export does not, and the preprocessing, which travels with the weights even
 # where a later version of the recipe would prepare images in another way.
@@ -30,6 +30,7 @@ def load(ref: str, *, weights: str | None = None, seed: int = 0) -> Any:
         recipe = RECIPES.get(checkpoint["recipe"])
     except UserError as error:
         raise UserError(f"{ref}: {error} (is the package that brings this recipe installed?)") from None
+    recipe = recipe.with_assets(checkpoint_assets(checkpoint))
     kind: type[Config] = type(next(iter(recipe.presets.values())))
     config = parse(kind, checkpoint["config"], where=f"{ref}, config")
     classes = tuple(checkpoint["classes"])
