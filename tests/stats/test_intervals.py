@@ -31,6 +31,15 @@ def test_wilson_equals_the_formula() -> None:
     assert wilson(k, n) == pytest.approx((centre - half, centre + half), abs=1e-12)
 
 
+@pytest.mark.parametrize("n", [1, 2, 17, 1000, 2_000_003])
+def test_wilson_equals_scipy(n: int) -> None:
+    from scipy.stats import binomtest
+
+    for k in sorted({0, 1, n // 3, n // 2, n - 1, n}):
+        expected = binomtest(k, n).proportion_ci(0.95, method="wilson")
+        assert wilson(k, n) == pytest.approx((expected.low, expected.high), abs=1e-14)
+
+
 def test_wilson_worked_example() -> None:
     # Newcombe 1998 (Stat Med 17:857), table I: 81 of 263, and 0 of 20.
     assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)

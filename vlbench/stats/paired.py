@@ -15,7 +15,7 @@ from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from vlbench.core.errors import UserError
 from vlbench.core.types import Outcomes
@@ -35,7 +35,7 @@ REPLICATES = 10_000
 REPLICATES_PER_PAIR = 80
 """With M models' pairs B grows to four times the pairs over 5%, so that the first step of Holm stays within reach."""
 
-_Z_POWER = float(stats.norm.ppf(POWER))
+_Z_POWER = float(special.ndtri(POWER))
 _FEWEST_DISCORDANT = 6
 """Six discordant examples, all one way, are the fewest with which the exact two-sided McNemar test reaches 5%."""
 _ROUNDING = 1e-12
@@ -128,7 +128,7 @@ def _mcnemar(right_a_N: NDArray[np.bool_], right_b_N: NDArray[np.bool_]) -> Pair
     both = int((right_a_N & right_b_N).sum())
     discordant = only_a + only_b
     # What scipy's binomtest gives at one half, where both tails are equal, without its search for the other tail.
-    p = min(1.0, 2 * float(stats.binom.cdf(min(only_a, only_b), discordant, 0.5))) if discordant else 1.0
+    p = min(1.0, 2 * float(special.bdtr(min(only_a, only_b), discordant, 0.5))) if discordant else 1.0
     lo, hi = newcombe(both, only_a, only_b, n - both - discordant)
     mde = max((Z95 + _Z_POWER) * math.sqrt(discordant), _FEWEST_DISCORDANT) / n
     return PairedTest(

@@ -47,7 +47,9 @@ def rows_to_parquet(rows: Rows) -> bytes:
 def rows_from_parquet(data: bytes) -> Rows:
     """The rows in a Parquet file written by ``rows_to_parquet``. Raises ValueError where it is not one."""
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        # read_table goes by way of pyarrow.dataset, which imports pandas.
+        with pq.ParquetFile(pa.BufferReader(data)) as file:
+            table = file.read()
         meta = json.loads((table.schema.metadata or {}).get(_META, b"{}"))
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"not a Parquet file of rows: {error}") from None

@@ -63,12 +63,12 @@ def open_session(args: argparse.Namespace, crew: Crew) -> Session:
     """Load the model and prepare stores and encoders."""
     from vlbench.adapters.encoder import FEATURES_VERSION, Encoder
     from vlbench.models.backbone import backbone_fingerprint
-    from vlbench.models.load import load_backbone
+    from vlbench.models.known import open_backbone
     from vlbench.models.user_code import has_known_code
 
     device = machine.choose_device(own_device(args.device))
     _make_current(device)
-    backbone = load_backbone(args.model, weights=args.weights, name=args.name, device=device)
+    backbone = open_backbone(args.model, weights=args.weights, name=args.name, device=device)
     card = backbone.card
     model = ModelRef(
         name=card.id,
