@@ -55,6 +55,8 @@ class FakeSource:
 class FakeData:
     """What adapters use of a TaskData."""
 
+    told_apart: int | None = None
+
     def __init__(self, splits: Mapping[str, FakeSource], *, templates: Sequence[str] = ("a {}.",)) -> None:
         self.splits, self.templates = dict(splits), tuple(templates)
         self.spec, self.notes = "fake:data", ()

@@ -68,6 +68,8 @@ class KNN:
             config=config,
             device=encoder.device,
         )
+        n_answers = data.told_apart or len(classes)  # neighbours of other classes have no say
+        classes, votes = classes[:n_answers], (votes_BC[:, :n_answers] for votes_BC in votes)
         notes = overlap_note(known.digests, features.digests)
         if config.k > len(train_labels_M):
             notes.append(f"k = {config.k} is more than the {len(train_labels_M)} training images: all of them vote")

@@ -111,9 +111,12 @@ class Linear:
         found = encoder.images(test)
         p_N = np.empty(len(test_labels_N))
         scores = _logit_blocks(fit, found.pooled_ND, present, test_labels_N, n_classes=len(classes), p_N=p_N)
+        n_answers = data.told_apart or len(classes)
+        classes, scores = classes[:n_answers], (scores_BC[:, :n_answers] for scores_BC in scores)
         notes = [*search.pop("notes"), *overlap_note({d for f in features for d in f.digests}, found.digests)]
-        if len(present) < len(classes):
-            notes.append(f"{len(classes) - len(present)} classes have no training image and are never predicted")
+        unseen = sum(label not in present for label in range(n_answers))
+        if unseen:
+            notes.append(f"{unseen} classes have no training image and are never predicted")
         majority = majority_guess(train_labels_N, test_labels_N)
         meta = {
             "classes": classes,

@@ -128,6 +128,11 @@ class TaskCard(Config):
     title: str
     adapter: str
     dataset: str | None = Field(default=None, description="the data set's card, which gives every key left out here")
+    train_from: str | None = Field(
+        default=None,
+        description="another data set's card, whose training images are learnt from; classes are matched by name, and "
+        "answers are the test set's own classes",
+    )
     data: tuple[str, ...] = Field(description="data specs to try in order; relative paths lie under the data root")
     splits: dict[str, str] = Field(
         default_factory=dict, description="the adapter's split → the data set's, where they differ"
@@ -162,6 +167,8 @@ class TaskCard(Config):
         of the data set's card, whose keys are in the task card by now.
         """
         words = self.model_dump(mode="json", exclude={"title", "how_to_get", "source", "data", "dataset"})
+        if self.train_from is None:
+            del words["train_from"]  # cards were written before there was this key
         for role in ("templates", "classnames"):
             name = getattr(self.prompts, role)
             words["prompts"][role] = list(prompt_lines(name)) if name else None
@@ -189,6 +196,9 @@ def read_task_card(path: Path, name: str) -> TaskCard:
         if not isinstance(dataset, str) or dataset not in dataset_cards():
             raise UserError(f"{path}: {unknown('dataset', str(dataset), dataset_cards())}")
         values = _inherited(dataset_cards()[dataset], name) | values
+    learnt = values.get("train_from")
+    if learnt is not None and learnt not in dataset_cards():
+        raise UserError(f"{path}: train_from: {unknown('dataset', str(learnt), dataset_cards())}")
     return parse(TaskCard, {"name": name, **values}, where=str(path))
 
 

@@ -24,7 +24,7 @@ def image_digests(source: Source) -> list[str]:
         BadExample: where an image cannot be read. A test set with a broken example is an error: leaving the example
             out would change the number.
     """
-    images = _content(source).images
+    images = content_digests(source).images
     if None in images:
         bare = source.ids()[images.index(None)]
         raise BadExample("missing image", f"{source.spec} {bare}", "this example has no image")
@@ -36,7 +36,7 @@ def source_fingerprint(source: Source) -> str:
 
     It does not depend on file names, folders or order. Raises BadExample as ``image_digests`` does.
     """
-    return digest_all(_content(source).examples)
+    return digest_all(content_digests(source).examples)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class _Content:
     examples: tuple[str, ...]
 
 
-def _content(source: Source) -> _Content:
+def content_digests(source: Source) -> _Content:
+    """All digests of a source, made on the first call."""
     known: _Content | None = getattr(source, "_content_digests", None)
     if known is None:
         images, examples = [], []

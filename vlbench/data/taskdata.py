@@ -25,8 +25,10 @@ from vlbench.data.digests import image_digests, source_fingerprint
 from vlbench.data.prompting import are_numbers, class_names
 from vlbench.data.sources import UNSPLIT, Subset, canonical_split, list_splits, open_source
 from vlbench.data.spec import local_path, parse_spec
+from vlbench.data.transfer import Relabelled, match_classes
 
 _ROLES = ("train", "val", "test")
+_LEARNT = ("train", "val")
 _HELD_OUT = 0.2
 _NUMBERED = (
     "class names are numbers, which say nothing in a prompt: name the folders in words, or give shards a classnames.txt"
@@ -61,6 +63,8 @@ class TaskData:
         self._made: dict[str, list[int]] = {}
         self._opened: dict[str, Source] = {}
         self._fingerprints: dict[str, str] = {}
+        self._training: TaskData | None = None
+        self._tested = self
         self._plan = self._roles({role: canonical_split(name) for role, name in (splits or {}).items()})
 
     def with_prompts(self, *, classes: Sequence[str] | None = None, templates: Sequence[str] | None = None) -> TaskData:
@@ -70,13 +74,35 @@ class TaskData:
         other._templates = tuple(templates) if templates is not None else None
         return other
 
+    def learning_from(self, training: TaskData) -> TaskData:
+        """The same data as a test set for what is learnt from the train (and val) split of other data."""
+        other = copy.copy(self)
+        other._training = training
+        other._opened, other._fingerprints = {}, {}
+        other._tested = self
+        return other
+
+    @property
+    def told_apart(self) -> int | None:
+        """How many classes, the first ones, an answer may be one of; None: all that the splits have."""
+        return len(self.own_classes or ()) if self._training is not None else None
+
+    @property
+    def own_classes(self) -> tuple[str, ...] | None:
+        """The classes of the reported data themselves, by their own names."""
+        return self._reported().classes
+
     def has(self, role: str) -> bool:
         """Whether there is a split for this role (``train``, ``val``, ``test``, or a name of the data's own)."""
+        if self._training is not None and canonical_split(role) in _LEARNT:
+            return self._training.has(role)
         return canonical_split(role) in self._plan
 
     def split(self, role: str) -> Source:
         """The source in this role, opened once. Raises UserError where there is none."""
         role = canonical_split(role)
+        if self._training is not None:
+            return self._matched(role)
         if role not in self._plan:
             raise UserError(f"data {self.spec!r}: there is no {role} split; there is {', '.join(self._plan) or 'none'}")
         if role not in self._opened:
@@ -116,7 +142,31 @@ class TaskData:
             parts[role] = self._fingerprints[role]
         return fingerprint(parts)
 
+    def _matched(self, role: str) -> Source:
+        """A split under the list of classes that training and test data share."""
+        if role not in self._opened:
+            assert self._training is not None, "there are no other data to learn from"
+            test, learnt = self._tested.split("test"), self._training
+            train = learnt.split("train")
+            if test.classes is None or train.classes is None:
+                raise UserError(f"data {(train if test.classes else test).spec!r}: they have no class labels")
+            classes, new_labels = match_classes(
+                test.classes,
+                train.classes,
+                test_names=self._tested.classnames,
+                train_names=learnt.classnames,
+                where=self.spec,
+            )
+            if role in _LEARNT:
+                self._opened[role] = Relabelled(learnt.split(role), classes, new_labels)
+            else:
+                self._opened[role] = Relabelled(self._tested.split(role), classes, range(len(test.classes)))
+        return self._opened[role]
+
     def _reported(self) -> Source:
+        return (self._tested if self._training is not None else self)._own_reported()
+
+    def _own_reported(self) -> Source:
         return self.split("test" if self.has("test") else next(iter(self._plan)))
 
     def _roles(self, asked: Mapping[str, str]) -> dict[str, str | None]:

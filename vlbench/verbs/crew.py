@@ -43,6 +43,8 @@ class Place:
     """(role, the data's own split), where they differ."""
     roles: tuple[str, ...]
     """The roles whose images may be asked for."""
+    learnt: Place | None = None
+    """Other data that the task learns from, where it does."""
 
 
 @dataclass(frozen=True)

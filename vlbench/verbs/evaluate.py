@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlbench.core.cards import prompt_lines
+from vlbench.core.cards import dataset_cards, prompt_lines
 from vlbench.core.catalog import ADAPTERS
 from vlbench.core.config import Config, parse
 from vlbench.core.errors import RunError, UserError
@@ -89,12 +89,16 @@ def _lead(args: argparse.Namespace, crew: crews.Crew) -> int:
         root = Path(args.data_root).expanduser() if args.data_root else data_root()
         data = [args.data] if isinstance(args.data, str) else list(args.data or ())
         selection = select(args.tasks, data=data, root=root)
+        lenient = getattr(args, "skip_unsuitable", False)
+        if lenient:
+            wishes = tuple(replace(choice, named=False) for choice in selection.choices)
+            selection = replace(selection, choices=wishes)
         for skip in selection.skipped:
             _say_skip(skip)
         session = open_session(args, crew)
     _require_parts(selection.choices, session)
     done, failed = _run_all(selection, session, debug=getattr(args, "debug", False))
-    if not done and not failed:
+    if not done and not failed and not lenient:
         raise UserError(f"nothing could be run: no task of {args.tasks!r} fits this model and these data (see above)")
     print_summary(done, failed, store=session.results, stats=session.encoder.stats)
     return 1 if failed else 0
@@ -147,7 +151,7 @@ def prepare(choice: Choice, session: Session) -> Job:
         if split not in OPTIONAL_SPLITS and not data.has(split):
             raise Unsuitable(f"{choice.spec} has no {split!r} split")
     splits = [split for split in adapter.splits if data.has(split)]
-    session.crew.go_to(crews.Place(choice.spec, tuple(card.splits.items()), tuple(splits)))
+    session.crew.go_to(_place(choice, splits))
     reported = data.split(splits[-1])
     absent = adapter.needs - reported.provides
     other = f"{card.adapter}_multilabel"
@@ -160,7 +164,7 @@ def prepare(choice: Choice, session: Session) -> Job:
         content |= {"classes": list(data.classnames), "templates": list(data.templates)}
     ref = DataRef(spec=choice.said, split=reported.split, n=len(reported), fingerprint=fingerprint(content))
     sizes = {split: len(data.split(split)) for split in splits}
-    counted = (*_size_notes(sizes, card.expected_sizes), *class_notes(reported.classes, card.expected_classes))
+    counted = (*_size_notes(sizes, card.expected_sizes), *class_notes(data.own_classes, card.expected_classes))
     return Job(choice, adapter, config, data, ref, (*data.notes, *counted))
 
 
@@ -172,8 +176,11 @@ def measure(job: Job, session: Session) -> tuple[Result, Rows]:
     rows = _with_notes(job.adapter.predict(encoder, job.data, job.config), job.notes)
     predicted = time.perf_counter()
     estimates: dict[str, Estimate] = job.adapter.score(rows, job.config)
-    if card.metric not in estimates:
-        raise UserError(f"task {card.name}: there is no metric {card.metric!r}; there are {', '.join(estimates)}")
+    metric = card.metric
+    if metric not in estimates and not card.data:
+        metric = next(iter(estimates))  # a user's own data: with several labels an image the headline is another
+    if metric not in estimates:
+        raise UserError(f"task {card.name}: there is no metric {metric!r}; there are {', '.join(estimates)}")
     spent: EncoderStats = encoder.stats.since(before)
     encoding = spent.image_seconds + spent.text_seconds
     seconds = {
@@ -189,8 +196,8 @@ def measure(job: Job, session: Session) -> tuple[Result, Rows]:
         task_fingerprint=card.fingerprint(),
         adapter=card.adapter,
         config=job.config.model_dump(mode="json"),
-        metric=card.metric,
-        chance=card.chance if card.chance is not None else rows.meta.get("chance", {}).get(card.metric),
+        metric=metric,
+        chance=card.chance if card.chance is not None else rows.meta.get("chance", {}).get(metric),
         estimates=estimates,
         chosen=dict(rows.meta.get("chosen", {})),
         data=job.data_ref,
@@ -324,7 +331,20 @@ def _open_data(choice: Choice, session: Session, *, with_prompts: bool) -> Any:
     data = session.opened(choice.spec, choice.card.splits).with_prompts(classes=classes, templates=templates)
     if with_prompts and not data.templates:
         data = data.with_prompts(classes=classes, templates=prompt_lines(DEFAULT_PROMPTS))
-    return data
+    if choice.card.train_from is None:
+        return data
+    learnt = dataset_cards()[choice.card.train_from]
+    names = prompt_lines(learnt.prompts.classnames) if learnt.prompts.classnames else None
+    return data.learning_from(session.opened(choice.train, learnt.splits).with_prompts(classes=names))
+
+
+def _place(choice: Choice, roles: Sequence[str]) -> crews.Place:
+    """Where the images of a task are, for the other processes of the call."""
+    if choice.card.train_from is None or choice.train is None:
+        return crews.Place(choice.spec, tuple(choice.card.splits.items()), tuple(roles))
+    splits = dataset_cards()[choice.card.train_from].splits
+    learnt = crews.Place(choice.train, tuple(splits.items()), tuple(role for role in roles if role != "test"))
+    return crews.Place(choice.spec, tuple(choice.card.splits.items()), ("test",), learnt)
 
 
 def _require_parts(choices: Sequence[Choice], session: Session) -> None:

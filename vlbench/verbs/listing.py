@@ -27,6 +27,7 @@ from vlbench.core.errors import UserError
 from vlbench.core.names import unknown
 from vlbench.core.paths import data_root
 from vlbench.core.registry import Registry
+from vlbench.verbs.pretrain import variants_of
 
 
 def run_list(args: argparse.Namespace) -> int:
@@ -72,12 +73,13 @@ def _task_rows(root: Path) -> list[tuple[str, ...]]:
     from vlbench.verbs.selection import find_data
 
     rows: list[tuple[str, ...]] = []
-    there: dict[tuple[str, ...], bool] = {}  # looked for once, not once a task
+    there: dict[tuple[Any, ...], bool] = {}  # looked for once, not once a task
     for card in task_cards().values():
-        if card.data not in there:
-            there[card.data] = find_data(card, root) is not None
+        places = (card.data, card.train_from)
+        if places not in there:
+            there[places] = find_data(card, root) is not None
         chance = "" if card.chance is None else f"chance {100 * card.chance:.1f}%"
-        present = "ready" if there[card.data] else "no data"
+        present = "ready" if there[places] else "no data"
         rows.append((card.name, f"@v{card.version}", card.metric, chance, present, card.title))
     return rows
 
@@ -146,6 +148,12 @@ def _show_recipe(name: str) -> None:
     module = inspect.getmodule(type(recipe))
     print(f"{name}: {inspect.getdoc(module) or ''}\n")
     base_name, base = next(iter(recipe.presets.items()))
+    if variants := variants_of(type(base)):
+        field, said = type(base).model_fields["variant"], getattr(recipe, "variants", {})
+        print(f"variants (--variant NAME), by default {field.default}:")
+        lines = [f"{variant}: {said[variant]}" if variant in said else variant for variant in variants]
+        print(*(f"  {line}" for line in (lines if said or not field.description else [field.description])), sep="\n")
+        print()
     print(f"preset {base_name}:")
     for key, value in flatten(base.model_dump(mode="json")).items():
         print(f"  {key} = {value!r}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlbench.core.cards import DatasetCard, TaskCard, suites, task_cards
+from vlbench.core.cards import DatasetCard, TaskCard, dataset_cards, suites, task_cards
 from vlbench.core.catalog import ADAPTERS
 from vlbench.core.errors import UserError
 from vlbench.core.names import slug, unknown
@@ -33,6 +33,8 @@ class Choice:
     """The same as the card or the user wrote it: what a result records."""
     named: bool
     """Asked for by its full name: it must not be skipped."""
+    train: str | None = None
+    """Where the other data are that it learns from (the card's ``train_from``)."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def select(names: str | Sequence[str], *, data: Sequence[str], root: Path) -> Se
     choices: dict[str, Choice] = {}
     skipped: dict[str, Skip] = {}
     for word in words:
-        for item in _own(word, data) if data else _shipped(word, root):
+        for item in _own(word, data, root) if data else _shipped(word, root):
             if isinstance(item, Skip):
                 skipped[item.task] = item
             elif item.card.name not in choices or item.named:
@@ -80,9 +82,15 @@ def select(names: str | Sequence[str], *, data: Sequence[str], root: Path) -> Se
 
 
 def find_data(card: TaskCard | DatasetCard, root: Path) -> str | None:
-    """The first of the card's data that is on this machine, as a data spec, or None. Makes nothing, opens nothing."""
+    """The first of the card's data that is on this machine, as a data spec, or None. Makes nothing, opens nothing.
+
+    None too, where a task's other data are absent, those that it learns from.
+    """
     place = _find(card.data, root)
-    return place[0] if place else None
+    learnt = card.train_from if isinstance(card, TaskCard) else None
+    if place is None or (learnt is not None and find_data(dataset_cards()[learnt], root) is None):
+        return None
+    return place[0]
 
 
 def own_card(kind: str, spec: str) -> TaskCard:
@@ -117,7 +125,10 @@ def _shipped(word: str, root: Path) -> Iterable[Choice | Skip]:
 def _choose(card: TaskCard, root: Path, *, named: bool) -> Choice | None:
     """The card on the first of its data that is on this machine."""
     place = _find(card.data, root)
-    return Choice(card, *place, named=named) if place else None
+    train = find_data(dataset_cards()[card.train_from], root) if card.train_from is not None else None
+    if place is None or (card.train_from is not None and train is None):
+        return None
+    return Choice(card, *place, named=named, train=train)
 
 
 def _find(data: Iterable[str], root: Path) -> tuple[str, str] | None:
@@ -139,7 +150,7 @@ def _find(data: Iterable[str], root: Path) -> tuple[str, str] | None:
     return None
 
 
-def _own(word: str, data: Sequence[str]) -> Iterable[Choice]:
+def _own(word: str, data: Sequence[str], root: Path) -> Iterable[Choice]:
     from vlbench.data.spec import parse_spec
 
     specs = list(dict.fromkeys(parse_spec(spec).bare for spec in data))
@@ -147,7 +158,11 @@ def _own(word: str, data: Sequence[str]) -> Iterable[Choice]:
     if word in cards:
         if len(specs) > 1:
             raise UserError(f"task {word}: one --data says where its data are; {len(specs)} were given")
-        return [Choice(cards[word], specs[0], said=specs[0], named=True)]
+        learnt = cards[word].train_from
+        train = find_data(dataset_cards()[learnt], root) if learnt is not None else None
+        if learnt is not None and train is None:
+            raise UserError(f"task {word}: {_absent(dataset_cards()[learnt], root)}")
+        return [Choice(cards[word], specs[0], said=specs[0], named=True, train=train)]
     if word in suites():
         raise UserError(f"suite {word!r} names its own data; with --data, ask for kinds: {', '.join(ADAPTERS.names())}")
     if word not in ADAPTERS.names():
@@ -164,7 +179,9 @@ def _own(word: str, data: Sequence[str]) -> Iterable[Choice]:
     return list(choices.values())
 
 
-def _absent(card: TaskCard, root: Path) -> str:
+def _absent(card: TaskCard | DatasetCard, root: Path) -> str:
+    if isinstance(card, TaskCard) and card.train_from is not None and _find(card.data, root):
+        return f"it learns from {card.train_from}: {_absent(dataset_cards()[card.train_from], root)}"
     paths = ", ".join(card.data[:_SHOWN]) + (f" and {len(card.data) - _SHOWN} more" if len(card.data) > _SHOWN else "")
     how = f"; to get it: {card.how_to_get}" if card.how_to_get else ""
     return f"no data under {root} (looked for {paths}){how}; or name the folder with --data-root"

@@ -52,7 +52,8 @@ def _indices(place: Place, session: Session) -> list[tuple[Any, dict[str, int]]]
     """Each source of the task at hand with its images: digest → index."""
     data = session.opened(place.spec, dict(place.splits))
     sources = [data.split(role) for role in place.roles]
-    return [
+    others = _indices(place.learnt, session) if place.learnt is not None else []
+    return others + [
         (source, {image: index for index, image in enumerate(session.encoder.image_digests(source))})
         for source in sources
     ]
