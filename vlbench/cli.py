@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 2
         if extra:
-            _complain(extra, by_name[args.verb])
+            _complain(extra, getattr(args, "parser", by_name[args.verb]))
         module, _, function = args.run.partition(":")
         return int(getattr(importlib.import_module(module), function)(args))
     except RunError as error:
@@ -154,6 +154,7 @@ def _pretrain(sub: _Parser) -> None:
         help="data source, e.g. wds:'cc3m/{000..331}.tar'; repeat to mix: A@2 B@1",
     )
     sub.add_argument("--preset", default="tiny", help="a recipe's named settings: tiny (CPU, minutes) or paper")
+    sub.add_argument("--variant", metavar="NAME", help="of the recipe; `vlbench show recipe NAME` lists them")
     sub.add_argument("--backbone", metavar="ARCH", help="image tower, e.g. timm:resnet50 or open_clip:ViT-B-32")
     sub.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting: optim.lr=3e-4"
@@ -161,7 +162,7 @@ def _pretrain(sub: _Parser) -> None:
     sub.add_argument("--seed", type=int, help="seed of initialisation, data order and augmentation")
     sub.add_argument("--steps", type=int, help="optimizer steps")
     sub.add_argument("--checkpoint-every", type=int, metavar="N", help="steps between checkpoints")
-    sub.add_argument("--out", metavar="DIR", help="run folder (default: runs/<recipe>-<preset>-s<seed>)")
+    sub.add_argument("--out", metavar="DIR", help="run folder (default: runs/<recipe>[-<variant>]-<preset>-s<seed>)")
     sub.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint")
     sub.add_argument("--device", help="cpu, cuda, cuda:1 (default: cuda where there is one)")
     sub.add_argument("--precision", choices=["fp32", "bf16"], help="bf16: autocast")
@@ -289,6 +290,94 @@ def _data(sub: _Parser) -> None:
     make.add_argument("dir")
     make.add_argument("--seed", type=int, default=0)
     make.set_defaults(run="vlbench.verbs.data:run_make")
+    vocab = actions.add_parser("vocab", help="learn a vocabulary from captions, for virtex", allow_abbrev=False)
+    vocab.add_argument(
+        "spec", nargs="+", help="data with captions, e.g. coco:DIR; the training split where there is one"
+    )
+    vocab.add_argument("--out", required=True, metavar="FILE", help="a SentencePiece model, for --set vocabulary=FILE")
+    vocab.add_argument("--size", type=int, default=10_000, help="the most pieces (default: 10000)")
+    vocab.add_argument("--language", action="append", metavar="CODE", help="of the captions (default: en); repeat")
+    vocab.set_defaults(run="vlbench.verbs.data:run_vocab")
+    weak = actions.add_parser(
+        "weakly-align",
+        help="find sentences for images by the tags of their regions, for mu-VLA",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _weakly_align(weak)
+    weak.set_defaults(run="vlbench.verbs.weakly_align:run")
+    _data_filter(
+        actions.add_parser(
+            "filter",
+            help="copy webdataset shards without what ALIGN's rules remove",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+    )
+
+
+def _data_filter(sub: _Parser) -> None:
+    sub.add_argument("src", metavar="SRC", help="shards in img2dataset's layout: wds:DIR or wds:'DIR/{000..331}.tar'")
+    sub.add_argument("dst", metavar="DST", help="a new folder, or that of a killed call, which is then gone on with")
+    sub.add_argument("--min-side", type=int, metavar="PX", help="shorter side must be larger (default: 200)")
+    sub.add_argument("--max-aspect", type=float, metavar="X", help="longer over shorter side must be less (default: 3)")
+    sub.add_argument("--max-texts", type=int, metavar="N", help="most different texts of an image (default: 1000)")
+    sub.add_argument("--max-images", type=int, metavar="N", help="most different images of a text (default: 10)")
+    sub.add_argument(
+        "--top-ngrams", type=int, metavar="N", help="a text may hold only the N most frequent words and pairs (1e8)"
+    )
+    sub.add_argument("--min-words", type=int, metavar="N", help="fewest words of a text (default: 3)")
+    sub.add_argument("--max-words", type=int, metavar="N", help="most words of a text (default: 20)")
+    sub.add_argument("--against", action="append", metavar="SPEC", help="drop near-duplicates of these test images")
+    sub.add_argument("--near-duplicates", metavar="HOW", help="phash (default), or a model as in eval --model")
+    sub.add_argument("--max-distance", type=int, metavar="BITS", help="phash: differing bits of 64 (default: 4)")
+    sub.add_argument("--min-cosine", type=float, metavar="X", help="model: cosine must be larger (default: 0.975)")
+    sub.add_argument("--skip", action="append", metavar="RULE", help="switch a rule off; repeat for more")
+    sub.add_argument(
+        "--decode", action="store_true", default=None, help="decode every image in full (with --against: always)"
+    )
+    sub.add_argument("--allow-truncated", action="store_true", default=None, help="take what lies before a shard's cut")
+    sub.add_argument("--list-removed", choices=["jsonl", "parquet"], help="list every removed sample in DST/removed.*")
+    sub.add_argument("--keep-state", action="store_true", help="leave DST/.state, which a killed call goes on from")
+    sub.add_argument("--workers", type=int, help="processes (default: one a core, at most 8); the output is the same")
+    sub.add_argument("--memory", type=int, default=512, metavar="MIB", help="of counting, a process (default: 512)")
+    sub.add_argument("--device", help="model: cpu, cuda, cuda:1 (default: cuda where there is one)")
+    sub.add_argument("--batch-size", type=int, default=128, help="model: images per forward pass (default: 128)")
+    sub.epilog = """\
+rules, in order: unreadable, incomplete, small, aspect, many-texts, near-duplicate, shared-text, rare-ngram, length
+
+example:
+  vlbench data filter wds:'cc3m/{00000..00331}.tar' cc3m-filtered --against coco:coco --against karpathy:flickr30k
+"""
+    sub.set_defaults(run="vlbench.verbs.filter:run", parser=sub)
+
+
+def _weakly_align(sub: _Parser) -> None:
+    sub.add_argument("spec", nargs="+", help="images with tagged regions, e.g. coco:DIR or shapes")
+    sub.add_argument(
+        "--pool",
+        action="append",
+        metavar="SPEC",
+        help="sentences: a text file, one a line, or data whose captions are taken; may be repeated",
+    )
+    sub.add_argument("--out", required=True, metavar="FILE", help="the corpus, written whole or not at all")
+    sub.add_argument("--split", help="of the images (default: train, or all of unsplit data)")
+    sub.add_argument("--k", type=int, help="sentences an image (default: 5)")
+    sub.add_argument("--encoder", help="tfidf (default), minilm, or a Sentence-Transformers name or folder")
+    sub.add_argument("--chunker", help="noun phrases by spacy, by rules around the tags (tags), or auto (default)")
+    sub.add_argument("--metric", choices=["cosine", "l2"], help="cosine: the paper (default); l2: its released code")
+    sub.add_argument("--order", choices=["given", "sorted"], help="of the tags in a query (default: given)")
+    sub.add_argument("--exclude-own", action="store_true", default=None, help="never give an image its own caption")
+    sub.add_argument("--aligned", type=float, metavar="SHARE", help="share of images whose own caption comes first")
+    sub.add_argument("--min-link", type=float, metavar="COSINE", help="leave out weaker links (default: 0)")
+    sub.add_argument("--language", help="of captions, own and pooled (default: en)")
+    sub.add_argument("--seed", type=int, help="of the pool's order and the aligned share (default: 0)")
+    sub.epilog = """\
+examples:
+  vlbench data weakly-align shapes --out weak.arrow
+  vlbench data weakly-align coco:COCO --pool bookcorpus.txt --encoder minilm --out weak.arrow
+  vlbench data weakly-align coco:COCO --pool coco:COCO --exclude-own --k 10 --out weak.arrow
+"""
 
 
 def _doctor(sub: _Parser) -> None:

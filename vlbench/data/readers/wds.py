@@ -52,6 +52,17 @@ def _splits(spec: DataSpec) -> tuple[str, ...]:
     return tuple(_layout(spec).splits)
 
 
+def shard_paths(spec: DataSpec) -> tuple[Path, ...]:
+    """The tars of unsplit data, in order. Raises UserError where there are none, or where the data have splits."""
+    layout = _layout(spec)
+    if layout.splits:
+        raise UserError(
+            f"data {spec.bare!r}: divided into splits ({', '.join(layout.splits)}); name one folder of shards, "
+            f"wds:{next(iter(layout.splits.values()))}"
+        )
+    return layout.shards
+
+
 @dataclass(frozen=True)
 class _Places:
     """Where the shards are: either ``shards`` (unsplit) or ``splits``."""
