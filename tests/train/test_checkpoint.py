@@ -70,3 +70,17 @@ def test_settings_that_are_damaged_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: not valid JSON"):
         checkpoint.read_settings(tmp_path)
+
+
+def test_a_setting_that_came_later_is_no_change(tmp_path: Path) -> None:
+    config = PretrainConfig(steps=7)
+    older = {key: value for key, value in config.model_dump(mode="json").items() if key != "grad_cache"}
+    checkpoint.save(tmp_path / "ckpt.pt", model={}, **{**PLAIN, "config": older})
+    assert checkpoint.load(tmp_path, recipe="r", config=config) is not None
+    changed = config.model_copy(update={"grad_cache": True, "accumulate": 2})
+    with pytest.raises(UserError, match="grad_cache: false, now true"):
+        checkpoint.load(tmp_path, recipe="r", config=changed)
+    gone = {**PLAIN, "config": {**older, "no_longer": 1}}
+    checkpoint.save(tmp_path / "ckpt.pt", model={}, **gone)
+    with pytest.raises(UserError, match="no_longer: 1, now null"):
+        checkpoint.load(tmp_path, recipe="r", config=config)

@@ -52,7 +52,7 @@ def load(folder: Path, *, recipe: str, config: Config) -> dict[str, Any] | None:
         return None
     if stored["recipe"] != recipe:
         raise UserError(f"{folder} is a run of {stored['recipe']}, not of {recipe}; give another --out")
-    changed = _changed(stored["config"], config.model_dump(mode="json"))
+    changed = _changed(_with_defaults(stored["config"], config), config.model_dump(mode="json"))
     if changed:
         raise UserError(
             f"{folder} holds a run with other settings ({'; '.join(changed)}), which cannot go on with these; give "
@@ -112,6 +112,14 @@ class Log:
     def close(self) -> None:
         """Close the file."""
         self._handle.close()
+
+
+def _with_defaults(stored: Mapping[str, Any], config: Config) -> Mapping[str, Any]:
+    """Settings with those that an older vlbench did not have yet, and so did as their defaults do."""
+    try:
+        return type(config).model_validate(stored).model_dump(mode="json")
+    except ValueError:  # one that is gone: the comparison names it
+        return stored
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
