@@ -155,3 +155,39 @@ def test_augment_crops_within_the_scale():
 def test_augment_survives_extreme_images(size):
     view_CHW, _ = augment(smooth(*size), np.random.default_rng(0), EVERYTHING, (16, 16))
     assert view_CHW.shape == (3, 16, 16)
+
+
+def test_augment_resize_to_is_a_crop_of_the_squashed_image():
+    image = smooth(70, 110)
+    settings = Augment(resize_to=40, flip=True, interpolation="bilinear")
+    square_CHW = np.asarray(image.resize((40, 40), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    corners, flips = set(), 0
+    for seed in range(200):
+        view_CHW, view = augment(image, np.random.default_rng(seed), settings, (36, 32))
+        left, top = round(view.left * 40 / image.width), round(view.top * 40 / image.height)
+        crop_CHW = square_CHW[:, top : top + 36, left : left + 32]
+        np.testing.assert_array_equal(view_CHW.numpy(), crop_CHW[:, :, ::-1] if view.flipped else crop_CHW)
+        corners.add((top, left))
+        flips += view.flipped
+    assert len(corners) > 40, "the crop's place is random"
+    assert {top for top, _ in corners} == set(range(5))
+    assert {left for _, left in corners} == set(range(9))
+    assert 70 < flips < 130
+
+
+def test_augment_resize_to_moves_boxes_with_the_pixels():
+    image = Image.new("RGB", (120, 80))
+    image.paste((255, 255, 255), (40, 20, 90, 60))
+    settings = Augment(resize_to=80, flip=True, interpolation="bilinear")
+    for seed in range(30):
+        view_CHW, view = augment(image, np.random.default_rng(seed), settings, (64, 64))
+        lit = view_CHW[0] > 127
+        rows, columns = lit.any(1).nonzero()[:, 0], lit.any(0).nonzero()[:, 0]
+        found = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+        np.testing.assert_allclose(found, view.box((40, 20, 90, 60)), atol=1.0)
+
+
+def test_augment_resize_to_the_input_size_shows_the_whole_image():
+    image = smooth(30, 50)
+    _, view = augment(image, np.random.default_rng(0), Augment(resize_to=24), (24, 24))
+    assert view == View(0, 0, image.width, image.height, (24, 24), flipped=False)

@@ -77,3 +77,35 @@ def on_ranks(function: Callable[..., None], *args: Any, world: int = 2) -> None:
     for process in processes:
         process.join(timeout=120)
     assert [process.exitcode for process in processes] == [0] * world
+
+
+def stopped_and_resumed(config: Any, out: Path, *, stop: int, recipe: Any = None) -> dict[str, Any]:
+    """Run ``config`` once whole and once stopped after ``stop`` steps and resumed; the same weights, to the bit.
+
+    The recipe is ``supervised`` where none is given.
+    """
+    import torch
+
+    from vlbench.models.weights import read_checkpoint
+    from vlbench.recipes.supervised import RECIPE
+    from vlbench.train.loop import fit
+    from vlbench.train.progress import Silent
+
+    class Stop(Exception):
+        pass
+
+    class Stopper(Silent):
+        def step(self, done: int, **_: float) -> None:
+            if done == stop:
+                raise Stop
+
+    recipe = recipe or RECIPE
+    whole = read_checkpoint(fit(recipe, config, out=out / "whole"))["model"]
+    with pytest.raises(Stop):
+        fit(recipe, config, out=out / "stopped", watcher=Stopper())
+    saved = read_checkpoint(out / "stopped" / "ckpt.pt")["step"]
+    assert 0 < saved <= stop
+    torch.manual_seed(99)  # whatever the process did in between
+    resumed = read_checkpoint(fit(recipe, config, out=out / "stopped", resume=True))["model"]
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    return whole

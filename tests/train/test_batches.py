@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,21 +15,25 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.data.making import write_tar
+from tests.train.conftest import CLASSES, stopped_and_resumed
 from vlbench.core.catalog import RECIPES
 from vlbench.core.config import override
 from vlbench.core.errors import UserError
 from vlbench.core.types import Example
+from vlbench.data.readers.tarindex import read_members
 from vlbench.data.sources import BaseSource
 from vlbench.data.stream import Mixture
 from vlbench.recipes.supervised import RECIPE
-from vlbench.train.batches import Positions, Samples, batches, open_mixture
+from vlbench.train.batches import Positions, Samples, batches, data_identity, open_mixture
 from vlbench.train.distributed import Ranks
+from vlbench.train.loop import fit
 
 ALONE = Ranks()
 
 
 def feed(config: Any, *, start: int = 0, here: Ranks = ALONE) -> list[dict[str, torch.Tensor]]:
-    return list(batches(RECIPE, config, open_mixture(RECIPE, config), start=start, here=here, pin=False))
+    return list(batches(RECIPE, config, open_mixture(RECIPE, config, here=here), start=start, here=here, pin=False))
 
 
 def joined(fed: Sequence[dict[str, torch.Tensor]]) -> torch.Tensor:
@@ -146,3 +152,91 @@ def test_users_error_in_a_loader_process_arrives_as_itself(settings: Callable[..
     with pytest.raises(UserError, match="in a row") as error:
         list(batches(Broken(), config, mixture, start=0, here=ALONE, pin=False))  # type: ignore[arg-type]
     assert "Traceback" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> str:
+    """The colours as twelve shards of two to six samples."""
+    root = tmp_path_factory.mktemp("shards")
+    images = [(path, label) for label, name in enumerate(CLASSES) for path in sorted((folder / name).iterdir())]
+    order = np.random.default_rng(0).permutation(len(images))
+    for shard, start in enumerate(np.cumsum([0, *[2, 6, 4] * 4])[:-1]):
+        members = {}
+        for index in order[start : start + (2, 6, 4)[shard % 3]]:
+            path, label = images[index]
+            members[f"s{index:03d}.png"], members[f"s{index:03d}.cls"] = path.read_bytes(), str(label).encode()
+        write_tar(root / f"{shard:02d}.tar", members)
+    return f"data=['wds:{root}/{{00..11}}.tar']"
+
+
+def test_batches_by_shard_do_not_depend_on_workers_parts_or_start(settings: Callable[..., Any], shards: str) -> None:
+    words = (shards, "order=shards", "open_shards=2")
+    for rank in range(2):
+        here = Ranks(rank, 2)
+        whole = joined(feed(settings(*words), here=here))
+        assert torch.equal(joined(feed(settings(*words, "workers=2"), here=here)), whole)
+        parts, labels = feed(settings(*words, "accumulate=2"), here=here), feed(settings(*words), here=here)
+        assert torch.equal(*(torch.cat([batch["labels_B"] for batch in fed]) for fed in (parts, labels)))
+        assert torch.equal(joined(feed(settings(*words), start=5, here=here)), whole[20:])
+        assert not torch.equal(joined(feed(settings(shards), here=here)), whole)
+
+
+def test_ranks_read_few_shards_of_their_own_and_all_of_the_data(
+    settings: Callable[..., Any], shards: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def reading(path: str, places: Any) -> dict[str, bytes]:
+        read.append(path)
+        return read_members(path, places)
+
+    monkeypatch.setattr("vlbench.data.readers.wds_source.read_members", reading)
+    config = settings(shards, "order=shards", "open_shards=2", "steps=6")  # one epoch of 48
+    opened = []
+    for rank in range(2):
+        mixture = open_mixture(RECIPE, config, here=Ranks(rank, 2))
+        read.clear()  # labels are read on opening
+        list(batches(RECIPE, config, mixture, start=0, here=Ranks(rank, 2), pin=False))
+        assert len(read) == 24
+        assert all(len(set(read[start : start + 4])) <= 4 for start in range(21))  # two windows of two shards at most
+        opened.append(list(read))
+    assert len(set(opened[0]) & set(opened[1])) <= 1
+    assert len(set(opened[0]) | set(opened[1])) == 12
+
+
+def test_run_by_shard_is_resumed_to_the_bit_and_refuses_other_shards(
+    settings: Callable[..., Any], shards: str, tmp_path: Path
+) -> None:
+    config = settings(shards, "order=shards", "open_shards=2")
+    stopped_and_resumed(config, tmp_path, stop=7)
+    identity = data_identity(config, open_mixture(RECIPE, config))
+    assert identity[0]["shards"] != data_identity(config, open_mixture(RECIPE, settings("order=shards")))[0]["shards"]
+    assert "shards" not in data_identity(settings(shards), open_mixture(RECIPE, settings(shards)))[0]
+
+
+@pytest.mark.parametrize(("loading", "computing"), [(0.03, 0.0), (0.0, 0.03)])
+def test_data_wait_is_the_share_of_the_time_that_steps_wait(
+    loading: float, computing: float, settings: Callable[..., Any], tmp_path: Path
+) -> None:
+    class Slow:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(RECIPE, name)
+
+        def with_assets(self, assets: Any) -> Any:
+            return self
+
+        def collate(self, config: Any, samples: Any) -> Any:
+            time.sleep(loading)
+            return RECIPE.collate(config, samples)
+
+        def loss(self, model: Any, batch: Any, config: Any) -> Any:
+            time.sleep(computing)
+            return RECIPE.loss(model, batch, config)
+
+    fit(Slow(), settings("steps=6", "log_every=6", "accumulate=2"), out=tmp_path)  # type: ignore[arg-type]
+    record = json.loads((tmp_path / "log.jsonl").read_text())
+    slept, whole = 12 * max(loading, computing), 6 * 8 / record["images_per_second"]
+    if loading:
+        assert slept / whole <= record["data_wait"] <= 1
+    else:
+        assert 0 < record["data_wait"] <= 1 - slept / whole + 1e-3

@@ -32,3 +32,9 @@ def test_augmentation_that_cannot_be_is_refused(assignment: str, answer: str) ->
 def test_augmentation_at_its_limits_is_accepted() -> None:
     edges = ["crop_scale=[1, 1]", "crop_ratio=[1, 1]", "color_jitter=[2, 2, 2, 0.5]", "jitter_p=0", "random_erasing=1"]
     assert override(PretrainConfig(), [f"augment.{edge}" for edge in edges]).augment.crop_scale == (1, 1)
+
+
+def test_a_crop_larger_than_the_square_it_is_cut_from_is_refused() -> None:
+    with pytest.raises(UserError, match=r"augment\.resize_to 60: a crop of visual\.image_size=64 is not in it"):
+        override(PretrainConfig(), ["augment.resize_to=60"])
+    assert override(PretrainConfig(), ["augment.resize_to=64"]).augment.resize_to == 64

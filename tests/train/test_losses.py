@@ -14,7 +14,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.train.conftest import on_ranks
 from vlbench.train.distributed import gather_constant, ranks, session
-from vlbench.train.losses import clip_loss, cross_entropy, own_classes, unicl_loss
+from vlbench.train.losses import (
+    align_loss,
+    clip_loss,
+    cross_entropy,
+    image_to_text_loss,
+    own_classes,
+    supcon_loss,
+    unicl_loss,
+)
 
 
 def unit(seed: int, rows: int = 12, width: int = 7, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -41,6 +49,29 @@ def unicl_by_hand(image: np.ndarray, text: np.ndarray, labels: list[int], s: flo
             log_sum = math.log(sum(math.exp(x) for x in logits[i]))
             total += sum(log_sum - logits[i][j] for j in positives) / len(positives) / n
     return total / 2
+
+
+def align_by_hand(image: np.ndarray, text: np.ndarray, sigma: float, eps: float) -> float:
+    """Both directions in plain loops, the target written out."""
+    n = len(image)
+    total = 0.0
+    for logits in (image @ text.T / sigma, text @ image.T / sigma):
+        for i in range(n):
+            log_sum = math.log(sum(math.exp(x) for x in logits[i]))
+            total += sum(((1 - eps) * (i == j) + eps / n) * (log_sum - logits[i][j]) for j in range(n)) / n
+    return total
+
+
+def supcon_by_hand(z: np.ndarray, labels: list[int], tau: float) -> float:
+    """L_out in plain loops over the anchors that have a positive."""
+    terms = []
+    for i in range(len(z)):
+        others = [a for a in range(len(z)) if a != i]
+        positives = [p for p in others if labels[p] == labels[i] >= 0]
+        if positives:
+            log_sum = math.log(sum(math.exp(z[i] @ z[a] / tau) for a in others))
+            terms.append(sum(log_sum - z[i] @ z[p] / tau for p in positives) / len(positives))
+    return sum(terms) / len(terms)
 
 
 def test_clip_loss_is_open_clips_value_and_gradient() -> None:
@@ -88,12 +119,81 @@ def test_unicl_loss_floor_is_the_mean_log_number_of_positives() -> None:
     ).item() == pytest.approx(math.log(8), abs=1e-5)
 
 
+def test_image_to_text_loss_is_the_first_term_of_unicls() -> None:
+    image, text, s = unit(12), unit(13), scale(9.0)
+    labels = torch.tensor([0, 0, 1, 2, -1, 1, -1, 5, 5, 5, -1, 3])
+    there = image_to_text_loss(image, text, labels, s)
+    back = image_to_text_loss(text, image, labels, s)
+    assert abs(there - back) > 1e-3, "one direction only"
+    assert ((there + back) / 2).item() == pytest.approx(unicl_loss(image, text, labels, s).item(), abs=1e-14)
+    logits = 9.0 * image @ text.T
+    distinct = image_to_text_loss(image, text, torch.arange(12), s)
+    assert distinct.item() == pytest.approx(F.cross_entropy(logits, torch.arange(12)).item(), abs=1e-12)
+    assert torch.autograd.gradcheck(lambda *x: image_to_text_loss(x[0], x[1], labels, x[2]), (image, text, s))
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.1, 0.7])
+def test_align_loss_is_the_formula_value_and_gradient(eps: float) -> None:
+    image, text, sigma = unit(14), unit(15), scale(0.05)
+    loss = align_loss(image, text, sigma, eps)
+    by_hand = align_by_hand(image.detach().numpy(), text.detach().numpy(), 0.05, eps)
+    assert loss.item() == pytest.approx(by_hand, abs=1e-12)
+    rows = torch.arange(12)
+    logits = image @ text.T / sigma
+    torchs = F.cross_entropy(logits, rows, label_smoothing=eps) + F.cross_entropy(logits.T, rows, label_smoothing=eps)
+    assert loss.item() == pytest.approx(torchs.item(), abs=1e-12)
+    assert torch.autograd.gradcheck(lambda *x: align_loss(*x, eps), (image, text, sigma))
+
+
+def test_align_loss_without_smoothing_is_twice_clips() -> None:
+    image, text = unit(14), unit(15)
+    assert align_loss(image, text, 1 / 16, 0.0).item() == pytest.approx(2 * clip_loss(image, text, 16.0).item())
+    assert align_loss(image, text, 1 / 16).item() == align_loss(image, text, 1 / 16, 0.1).item()
+
+
+@pytest.mark.parametrize(("n", "floor"), [(256, 0.876), (1024, 1.017)])
+def test_align_loss_floor_is_the_targets_entropy(n: int, floor: float) -> None:
+    """One direction's, for eps = 0.1, at the logit gap ln(q_pos / q_neg) that reaches it and no other."""
+    q_pos, q_neg = 0.9 + 0.1 / n, 0.1 / n
+    gap = math.log(q_pos / q_neg)
+    entropy = -q_pos * math.log(q_pos) - (n - 1) * q_neg * math.log(q_neg)
+    assert entropy == pytest.approx(floor, abs=5e-4)
+    eye = torch.eye(n, dtype=torch.float64)
+    assert align_loss(eye, eye, 1 / gap).item() == pytest.approx(2 * entropy, abs=1e-12)
+    for other in (gap - 0.5, gap + 0.5):
+        assert align_loss(eye, eye, 1 / other).item() > 2 * entropy + 1e-3
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 1, 2, -1, 1, -1, 5, 5, 5, -1, 3], [4] * 12, [0, 0, *range(1, 11)]])
+def test_supcon_loss_is_the_formula_value_and_gradient(labels: list[int]) -> None:
+    embed, tau, given = unit(16), scale(0.2), torch.tensor(labels)
+    loss = supcon_loss(embed, given, tau)
+    assert loss.item() == pytest.approx(supcon_by_hand(embed.detach().numpy(), labels, 0.2), abs=1e-12)
+    assert torch.autograd.gradcheck(lambda *x: supcon_loss(x[0], given, x[1]), (embed, tau))
+
+
+@pytest.mark.parametrize("labels", [[7], [3, -1, 0, 1], [-1, -1]])
+def test_supcon_loss_of_a_batch_without_positives_is_zero_and_moves_nothing(labels: list[int]) -> None:
+    embed = unit(17, rows=len(labels))
+    loss = supcon_loss(embed, torch.tensor(labels), 0.1)
+    assert loss.item() == 0
+    assert torch.equal(grads(loss, embed)[0], torch.zeros_like(embed))
+
+
+def test_supcon_loss_of_perfect_classes_is_the_log_number_of_positives() -> None:
+    labels = torch.tensor([0] * 8 + [1] * 8)
+    perfect = torch.eye(2, dtype=torch.float64)[labels]
+    assert supcon_loss(perfect, labels, 1e-3).item() == pytest.approx(math.log(7), abs=1e-12)
+
+
 def test_losses_do_not_depend_on_the_order_of_the_batch() -> None:
     image, text, labels = unit(6), unit(7), torch.tensor([0, 0, 1, -1, 2, 2, 2, -1, 1, 4, -1, 0])
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     for loss, again in (
         (clip_loss(image, text, 7.0), clip_loss(image[order], text[order], 7.0)),
         (unicl_loss(image, text, labels, 7.0), unicl_loss(image[order], text[order], labels[order], 7.0)),
+        (align_loss(image, text, 0.1), align_loss(image[order], text[order], 0.1)),
+        (supcon_loss(image, labels, 0.1), supcon_loss(image[order], labels[order], 0.1)),
     ):
         assert loss.item() == pytest.approx(again.item(), abs=1e-12)
 
@@ -110,6 +210,7 @@ def test_losses_are_computed_in_float32_under_autocast() -> None:
     exact = clip_loss(image, text, 100.0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(clip_loss(image, text, 100.0), exact)
+        assert supcon_loss(image, torch.arange(64) % 8, 0.01).dtype == torch.float32
     assert clip_loss(image.bfloat16(), text.bfloat16(), 100.0).dtype == torch.float32
 
 
@@ -150,6 +251,12 @@ def measure(kind: str, rows: slice, *, wrap: bool) -> list[float]:
     image, text, scale = called(pairs)
     if kind == "clip":
         loss = clip_loss(image, text, scale)
+    elif kind == "align":
+        loss = align_loss(image, text, 1 / scale)
+    elif kind == "supcon":
+        loss = supcon_loss(image, labels, 1 / scale) + supcon_loss(text, labels, 1 / scale)
+    elif kind == "image_to_text":
+        loss = image_to_text_loss(image, text, labels, scale)
     elif kind == "cross_entropy":
         loss = cross_entropy(image, labels.clamp(min=0))
     else:
@@ -159,7 +266,7 @@ def measure(kind: str, rows: slice, *, wrap: bool) -> list[float]:
     return [loss.item(), *torch.cat(flat).tolist()]
 
 
-@pytest.mark.parametrize("kind", ["clip", "unicl", "captions", "cross_entropy"])
+@pytest.mark.parametrize("kind", ["clip", "unicl", "captions", "cross_entropy", "align", "supcon", "image_to_text"])
 def test_losses_over_two_ranks_equal_one_process(kind: str, tmp_path: Path) -> None:
     """Value on each rank and the mean gradient of every parameter, logit scale included."""
 

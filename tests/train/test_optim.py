@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from tests.train.conftest import on_ranks
 from vlbench.core.catalog import RECIPES
 from vlbench.core.config import override
 from vlbench.core.errors import UserError
 from vlbench.train.config import OptimConfig, PretrainConfig
+from vlbench.train.distributed import ranks, session
 from vlbench.train.optim import build_optimizer, parameter_groups, set_learning_rate
 
 
@@ -82,6 +86,46 @@ def test_fused_step_equals_the_plain_optimizer(name: str) -> None:
             net(x).square().mean().backward()
             optimizer.step()
     torch.testing.assert_close(model.weight, twin.weight, rtol=1e-6, atol=1e-7)
+
+
+def three_steps(model: torch.nn.Module, name: str) -> None:
+    """On the same gradients for whoever asks, LookAhead included."""
+    optimizer = build_optimizer(model, OptimConfig(name=name, lr=0.1, lookahead_steps=2))  # type: ignore[arg-type]
+    set_learning_rate(optimizer, 0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        x = torch.randn(6, 5, generator=torch.Generator().manual_seed(step))
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def test_every_optimizer_steps_over_sharded_weights_as_over_whole_ones(tmp_path: Path) -> None:
+    """LAMB's trust ratio needs the norm of a whole matrix, of which a rank holds some rows."""
+
+    def network() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+
+    def on_rank() -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        with session("cpu"):
+            found = {}
+            for name in ("adamw", "lamb", "sgd"):
+                model = network()
+                fully_shard(model)
+                three_steps(model, name)
+                found[name] = [parameter.full_tensor() for parameter in model.parameters()]
+            torch.save(found, tmp_path / f"{ranks().rank}")
+
+    on_ranks(on_rank)
+    for name in ("adamw", "lamb", "sgd"):
+        whole = network()
+        three_steps(whole, name)
+        for rank in (0, 1):
+            found = torch.load(tmp_path / f"{rank}", weights_only=True)[name]
+            for mine, theirs in zip(found, whole.parameters(), strict=True):
+                torch.testing.assert_close(mine, theirs.detach(), rtol=1e-5, atol=1e-6, msg=f"{name}, rank {rank}")
 
 
 def test_malformed_no_decay_pattern_is_one_clear_line() -> None:

@@ -20,6 +20,17 @@ def test_watch_writes_plain_lines_where_there_is_no_terminal() -> None:
     )
 
 
+def test_watch_says_how_long_data_were_waited_for_where_that_is_much() -> None:
+    for terminal in (False, True):
+        out = io.StringIO()
+        with watch(100, 128, console=Console(file=out, force_terminal=terminal, width=120)) as watcher:
+            watcher.record(RECORD | {"data_wait": 0.02})
+            assert "waiting" not in out.getvalue()
+            watcher.record(RECORD | {"data_wait": 0.42})
+            watcher.step(50, loss=2.5, images_per_second=100.0)
+        assert "images/s  42% waiting for data" in out.getvalue()
+
+
 def test_watch_shows_one_live_line_on_a_terminal() -> None:
     out = io.StringIO()
     with watch(100, 128, console=Console(file=out, force_terminal=True, width=120)) as watcher:

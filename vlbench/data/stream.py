@@ -14,6 +14,7 @@ import numpy as np
 
 from vlbench.core.errors import BadExample, RunError, UserError
 from vlbench.core.types import Example, Part, Source
+from vlbench.data.shard_order import ByShard, ShardOrder
 
 T = TypeVar("T")
 
@@ -93,10 +94,12 @@ class BadTally:
 class Mixture:
     """Several sources as one endless sequence of positions.
 
-    - Within a source, each epoch is a permutation of all its examples, without replacement.
+    - Within a source, each epoch is a permutation of all its examples, without replacement; ``by_shard``, one that
+      reads few shards at a time, and each rank its own (``shard_order`` says what is left out then).
     - Among sources, every block of ``block`` consecutive positions holds them in proportion to the weights, to the
       nearest whole, and what rounding leaves over is carried into the next block: over the run the shares are exact.
-      Within the block the order is random. (UniCL's balanced sampling of image-label and image-text pairs.)
+      Within the block the order is random. (UniCL's balanced sampling of image-label and image-text pairs.) With
+      ``by_shard`` this holds for the stream of each rank, in blocks of its share.
 
     Args:
         sources: at least one.
@@ -106,6 +109,7 @@ class Mixture:
         max_bad: see BadTally.
         needs: the parts that an example must have, as a recipe says them. ``text`` may be missing where there is a
             label, from which a prompt can be made.
+        by_shard: read shard by shard, in this way. None: in any order.
     """
 
     def __init__(
@@ -117,6 +121,7 @@ class Mixture:
         block: int = 64,
         max_bad: float = 0.01,
         needs: frozenset[Part] = frozenset({"image"}),
+        by_shard: ByShard | None = None,
     ) -> None:
         assert sources, "a mixture needs at least one source"
         assert min(block - 1, seed) >= 0, f"block {block} must be positive, seed {seed} not negative"
@@ -131,8 +136,13 @@ class Mixture:
                 raise UserError(f"data {source.spec!r}: there is nothing in it to train on")
         self._shares = _shares(weights if weights is not None else self._lengths, len(self.sources))
         self.classes, self._labels = _union([source.classes for source in self.sources])
+        self._by_shard = by_shard
+        self._shard_orders = [
+            ShardOrder(source, by_shard, (seed, number)) for number, source in enumerate(self.sources) if by_shard
+        ]
+        assert by_shard is None or block % by_shard.world == 0, f"a block of {block} for {by_shard.world} ranks"
         self._orders: dict[tuple[int, int], np.ndarray] = {}
-        self._layout: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._layout: tuple[tuple[int, int], np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
         """Examples in all sources: positions in an epoch where the weights are the sizes."""
@@ -144,9 +154,9 @@ class Mixture:
 
     def locate(self, position: int) -> tuple[int, int, int]:
         """Source index, example index and visit (how often this source was gone through before) at ``position``."""
-        source, occurrence = self._occurrence(position)
-        visit, step = divmod(occurrence, self._lengths[source])
-        return source, int(self._order(source, visit)[step]), visit
+        source, rank, occurrence = self._occurrence(position)
+        visit, step = divmod(occurrence, self._epoch(source))
+        return source, self._index(source, rank, visit, step), visit
 
     def rng(self, position: int) -> np.random.Generator:
         """The generator of the sample at ``position``."""
@@ -161,13 +171,12 @@ class Mixture:
         BadExample, the next one in the source's order takes its place, with a fresh generator of the same seed. The
         bad ones come back beside the result: the main process hands them to ``tally.record``, which may stop the run.
         """
-        source, occurrence = self._occurrence(position)
-        length = self._lengths[source]
+        source, rank, occurrence = self._occurrence(position)
+        length = self._epoch(source)
         visit, step = divmod(occurrence, length)
-        order = self._order(source, visit)
         bad: list[BadExample] = []
         for attempt in range(min(length, _MAX_IN_A_ROW)):
-            index = int(order[(step + attempt) % length])
+            index = self._index(source, rank, visit, (step + attempt) % length)
             try:
                 example, label = self._read(source, index)
                 return make(example, label, self.rng(position)), tuple(bad)
@@ -197,20 +206,37 @@ class Mixture:
             return error
         return BadExample(error.kind, f"{self.sources[source].spec} {error.where}", error.reason)
 
-    def _occurrence(self, position: int) -> tuple[int, int]:
-        """Which source is at ``position``, and how many times that source came before."""
+    def _occurrence(self, position: int) -> tuple[int, int, int]:
+        """Which source is at ``position``, for which rank, and how many times that source came before for it.
+
+        Without ``by_shard`` all ranks read one stream, that of rank 0.
+        """
+        rank, own, size = 0, position, self.block
+        if self._by_shard is not None:
+            rank, own = self._by_shard.place(position)
+            size = self.block // self._by_shard.world
         if len(self.sources) == 1:
-            return 0, position
-        block, offset = divmod(position, self.block)
-        if self._layout is None or self._layout[0] != block:
-            before = _apportion(self._shares, block * self.block)
-            counts = _apportion(self._shares, (block + 1) * self.block) - before
+            return 0, rank, own
+        block, offset = divmod(own, size)
+        if self._layout is None or self._layout[0] != (rank, block):
+            before = _apportion(self._shares, block * size)
+            counts = _apportion(self._shares, (block + 1) * size) - before
             arrangement = np.repeat(np.arange(len(self.sources)), counts)
-            np.random.default_rng([self.seed, _BLOCK, block]).shuffle(arrangement)
-            self._layout = (block, before, arrangement)
+            whose = [] if self._by_shard is None else [rank]
+            np.random.default_rng([self.seed, _BLOCK, block, *whose]).shuffle(arrangement)
+            self._layout = ((rank, block), before, arrangement)
         _, before, arrangement = self._layout
         source = int(arrangement[offset])
-        return source, int(before[source] + np.count_nonzero(arrangement[:offset] == source))
+        return source, rank, int(before[source] + np.count_nonzero(arrangement[:offset] == source))
+
+    def _epoch(self, source: int) -> int:
+        """Occurrences of a source until it is gone through."""
+        return self._shard_orders[source].length if self._by_shard is not None else self._lengths[source]
+
+    def _index(self, source: int, rank: int, visit: int, step: int) -> int:
+        if self._by_shard is not None:
+            return self._shard_orders[source].index(rank, visit, step)
+        return int(self._order(source, visit)[step])
 
     def _order(self, source: int, visit: int) -> np.ndarray:
         """The permutation of one epoch of one source, kept while it and the next one are in use."""

@@ -30,6 +30,12 @@ class Augment(Config):
 
     crop_scale: tuple[float, float] = Field(default=(0.5, 1.0), description="area of the random crop, as a fraction")
     crop_ratio: tuple[float, float] = Field(default=(0.75, 4 / 3), description="its width over height")
+    resize_to: int | None = Field(
+        default=None,
+        ge=1,
+        description="squash the image to a square of this side and cut the input's size out of it, at random, instead "
+        "of the crop that crop_scale and crop_ratio describe",
+    )
     flip: bool = Field(default=False, description="mirror half the images; wrong where a text says left or right")
     color_jitter: tuple[float, float, float, float] = Field(
         default=(0.0, 0.0, 0.0, 0.0), description="strength of brightness, contrast, saturation, hue (at most 0.5)"
@@ -68,6 +74,15 @@ class EvalTransform:
             image = tf.center_crop(image, list(pre.image_size))
         return tf.pil_to_tensor(image)
 
+    def view(self, image: Image.Image) -> View:
+        """Which part of ``image`` the tensor shows: what moves its boxes along."""
+        height, width = self._resized(image)
+        size = high, wide = self.pre.image_size
+        # torchvision's centre: rounded to even. An image smaller than the crop is padded, by less than zero here.
+        top, left = (round((whole - part) / 2) for whole, part in ((height, high), (width, wide)))
+        down, across = image.height / height, image.width / width
+        return View(left * across, top * down, wide * across, high * down, size, flipped=False)
+
     def _resized(self, image: Image.Image) -> list[int]:
         """Height and width after the resize."""
         pre, (height, width) = self.pre, (image.height, image.width)
@@ -99,11 +114,11 @@ def normalise(images_BCHW: torch.Tensor, pre: Preprocess) -> torch.Tensor:
 class View:
     """Which part of an image a training sample shows."""
 
-    left: int
-    top: int
-    width: int
-    height: int
-    """The crop, in pixels of the image."""
+    left: float
+    top: float
+    width: float
+    height: float
+    """The crop, in pixels of the image; whole ones unless the image was squashed first."""
     size: tuple[int, int]
     """Height and width that it was resized to."""
     flipped: bool
@@ -131,10 +146,13 @@ def augment(
     Returns:
         The view as ``uint8`` CHW, and which part of the image it is.
     """
-    top, left, height, width = _crop(image, rng, augment)
-    view = image.crop((left, top, left + width, top + height))
     resample = Image.Resampling.BICUBIC if augment.interpolation == "bicubic" else Image.Resampling.BILINEAR
-    view = view.resize((size[1], size[0]), resample)
+    if augment.resize_to is None:
+        top, left, height, width = _crop(image, rng, augment)
+        view = image.crop((left, top, left + width, top + height)).resize((size[1], size[0]), resample)
+        crop: tuple[float, float, float, float] = (left, top, width, height)
+    else:
+        view, crop = _crop_of_square(image, rng, augment.resize_to, size, resample)
     flipped = augment.flip and rng.random() < 0.5
     if flipped:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -143,7 +161,7 @@ def augment(
     view_CHW = tf.pil_to_tensor(view)
     if augment.random_erasing and rng.random() < augment.random_erasing:
         _erase(view_CHW, rng)
-    return view_CHW, View(left, top, width, height, size, bool(flipped))
+    return view_CHW, View(*crop, size=size, flipped=bool(flipped))
 
 
 def _crop(image: Image.Image, rng: np.random.Generator, augment: Augment) -> tuple[int, int, int, int]:
@@ -163,6 +181,18 @@ def _crop(image: Image.Image, rng: np.random.Generator, augment: Augment) -> tup
     width = max(1, min(image.width, round(image.height * ratio)))
     height = max(1, min(image.height, round(width / ratio)))
     return (image.height - height) // 2, (image.width - width) // 2, height, width
+
+
+def _crop_of_square(
+    image: Image.Image, rng: np.random.Generator, side: int, size: tuple[int, int], resample: Image.Resampling
+) -> tuple[Image.Image, tuple[float, float, float, float]]:
+    """A crop of ``size`` out of the image squashed to a square; and its left, top, width, height in the image."""
+    assert max(size) <= side, f"a crop of {size} is not in a square of {side}"
+    height, width = size
+    top, left = int(rng.integers(side - height + 1)), int(rng.integers(side - width + 1))
+    view = image.resize((side, side), resample).crop((left, top, left + width, top + height))
+    across, down = image.width / side, image.height / side
+    return view, (left * across, top * down, width * across, height * down)
 
 
 def _jitter(image: Image.Image, rng: np.random.Generator, strength: tuple[float, ...]) -> Image.Image:

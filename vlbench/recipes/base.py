@@ -18,7 +18,7 @@ from vlbench.core.cards import TextSpec
 from vlbench.core.types import Backbone, Part, Recipe, Sample
 from vlbench.data.transforms import Augment, normalise
 from vlbench.models.export import export_two_tower
-from vlbench.models.text import TextConfig, Tokenizer
+from vlbench.models.text import TextConfig, TextReader, Tokenizer
 from vlbench.models.two_tower import TwoTower
 from vlbench.models.vision import VisualConfig
 from vlbench.train.config import OptimConfig, PretrainConfig, ScheduleConfig
@@ -46,6 +46,10 @@ class BaseRecipe:
     presets: Mapping[str, Any]
     needs: frozenset[Part]
 
+    def needs_of(self, config: Any) -> frozenset[Part]:
+        """``needs``, whatever the settings."""
+        return self.needs
+
     def learn_assets(self, config: Any, data: Any) -> dict[str, bytes]:
         """Nothing."""
         return {}
@@ -56,6 +60,10 @@ class BaseRecipe:
 
     def after_step(self, model: torch.nn.Module) -> None:
         """Nothing."""
+
+    def contrastive(self, config: Any) -> TwoTowerRecipe | None:
+        """The recipe whose ``embed`` and ``contrast`` make the whole loss, for ``grad_cache``; None: there is none."""
+        return None
 
     def images(self, batch: Mapping[str, torch.Tensor], config: PretrainConfig) -> torch.Tensor:
         """``images_BCHW`` of a batch, normalised, float32, in the channels-last layout that the model has too."""
@@ -79,20 +87,31 @@ class TwoTowerRecipe(BaseRecipe):
             projection_std=config.projection_std,
         )
 
+    def tokenizer(self, config: Any) -> TextReader:
+        """What texts are read with, in training and after: CLIP's byte pairs."""
+        return _tokenizer(config.text.spec())
+
     def collate(self, config: Any, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         """Images, tokens padded to the longest text of the batch, labels (-1: a caption)."""
         texts = [sample.text for sample in samples]
         assert all(text is not None for text in texts), f"{self.name} needs texts"
         return {
             "images_BCHW": torch.stack([sample.image_CHW for sample in samples]),
-            "tokens_BL": _tokenizer(config.text.spec())(texts),
+            "tokens_BL": self.tokenizer(config)(texts),
             "labels_B": torch.tensor([sample.label for sample in samples]),
         }
 
     def loss(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
         """Both towers, then ``contrast``."""
-        image_BE, text_BE, logit_scale = model(self.images(batch, config), batch["tokens_BL"])
+        image_BE, text_BE, logit_scale = self.embed(model, batch, config)
         return {"loss": self.contrast(image_BE, text_BE, logit_scale, batch, config), "logit_scale": logit_scale}
+
+    def embed(
+        self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor], config: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``(image_BE, text_BE, logit_scale)``: each row from its own image and text."""
+        image_BE, text_BE, logit_scale = model(self.images(batch, config), batch["tokens_BL"])
+        return image_BE, text_BE, logit_scale
 
     def contrast(
         self,
@@ -105,6 +124,10 @@ class TwoTowerRecipe(BaseRecipe):
         """The loss of unit-norm embeddings: the part that looks at the whole batch."""
         raise NotImplementedError
 
+    def contrastive(self, config: Any) -> TwoTowerRecipe | None:
+        """The recipe itself where it has a ``contrast``; one with another kind of loss has none."""
+        return self if type(self).contrast is not TwoTowerRecipe.contrast else None
+
     def after_step(self, model: torch.nn.Module) -> None:
         """Hold the logit scale at its maximum, where there is one."""
         assert isinstance(model, TwoTower), "a two-tower recipe trains a TwoTower"
@@ -114,7 +137,12 @@ class TwoTowerRecipe(BaseRecipe):
         """Both towers."""
         assert isinstance(model, TwoTower), "a two-tower recipe trains a TwoTower"
         return export_two_tower(
-            model, model_id=self.name, recipe=self.name, preprocess=config.preprocess(), pretrain_data=config.data
+            model,
+            model_id=self.name,
+            recipe=self.name,
+            preprocess=config.preprocess(),
+            tokenizer=self.tokenizer(config),
+            pretrain_data=config.data,
         )
 
 

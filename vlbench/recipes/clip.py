@@ -82,7 +82,7 @@ class Clip(TwoTowerRecipe):
         config: Any,
     ) -> torch.Tensor:
         """Symmetric cross-entropy over the whole batch of all ranks."""
-        return clip_loss(image_BE, text_BE, logit_scale)
+        return clip_loss(image_BE, text_BE, logit_scale, block=config.loss_block)
 
 
 RECIPE = Clip()

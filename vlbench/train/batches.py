@@ -2,7 +2,7 @@
 
 A step reads the positions ``[step * batch_size, (step + 1) * batch_size)``; each part of an accumulated batch, and each
 rank of a part, takes its contiguous share. So neither the number of loader processes nor the number of ranks nor
-a resume changes what the model sees.
+a resume changes what the model sees; with ``order=shards`` the number of ranks does.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from vlbench.core.errors import BadExample, UserError
 from vlbench.core.types import Example, Recipe, Region, Sample
 from vlbench.data.images import decode
 from vlbench.data.prompting import draw_text
+from vlbench.data.shard_order import ByShard, shard_sizes
 from vlbench.data.sources import open_source
 from vlbench.data.spec import parse_spec
 from vlbench.data.stream import Mixture
@@ -33,10 +34,13 @@ Batch: TypeAlias = dict[str, torch.Tensor]
 Item: TypeAlias = tuple[Sample, tuple[BadExample, ...]]
 
 _PREFETCH = 4  # batches that each loader process keeps ready
+_ALONE = Ranks()
 
 
-def open_mixture(recipe: Recipe, config: PretrainConfig) -> Mixture:
+def open_mixture(recipe: Recipe, config: PretrainConfig, *, here: Ranks = _ALONE) -> Mixture:
     """The training data of a run, checked for what the recipe needs.
+
+    The number of ranks counts for ``order=shards`` only, where each rank has its own.
 
     Raises:
         UserError: where there are no data, or a source lacks a part, naming the source.
@@ -45,21 +49,38 @@ def open_mixture(recipe: Recipe, config: PretrainConfig) -> Mixture:
         raise UserError(f"pretrain {recipe.name}: this preset has no data of its own; give --data SPEC (once or more)")
     specs = [parse_spec(text) for text in config.data]
     sources = [open_source(spec) for spec in specs]
+    needs, learner = recipe.needs_of(config), _learner(recipe, config)
     for source in sources:
-        if "label" in recipe.needs and not source.classes:
-            raise UserError(f"data {source.spec!r} has no labels, and {recipe.name} learns from labels; leave it out")
-        if "text" in recipe.needs and not source.classes and "text" not in source.provides:
-            raise UserError(f"data {source.spec!r} has neither texts nor labels, and {recipe.name} learns from texts")
-        if "regions" in recipe.needs and "regions" not in source.provides:
-            raise UserError(f"data {source.spec!r} has no regions, and {recipe.name} learns from them; leave it out")
+        if "label" in needs and not source.classes:
+            rest = [f"--data {text}" for text, other in zip(config.data, sources) if other.classes]
+            raise UserError(
+                f"data {source.spec!r} has no labels, and {learner} learns from labels; leave it out"
+                + (f": {' '.join(rest)}" if rest else "")
+            )
+        if "text" in needs and not source.classes and "text" not in source.provides:
+            raise UserError(f"data {source.spec!r} has neither texts nor labels, and {learner} learns from texts")
+        if "regions" in needs and "regions" not in source.provides:
+            raise UserError(f"data {source.spec!r} has no regions, and {learner} learns from them; leave it out")
     return Mixture(
         sources,
         [spec.weight for spec in specs],
         config.seed,
         block=config.batch_size,
         max_bad=config.max_bad,
-        needs=recipe.needs,
+        needs=needs,
+        by_shard=_by_shard(config, here) if config.order == "shards" else None,
     )
+
+
+def _by_shard(config: PretrainConfig, here: Ranks) -> ByShard:
+    return ByShard(here.world, config.batch_size // config.loads // here.world, config.open_shards)
+
+
+def _learner(recipe: Recipe, config: PretrainConfig) -> str:
+    """What to call the recipe: its name, and the variant's where it is not the recipe's own."""
+    field = type(config).model_fields.get("variant")
+    variant = getattr(config, "variant", None)
+    return f"{recipe.name} (variant {variant})" if field is not None and variant != field.default else recipe.name
 
 
 def data_identity(config: PretrainConfig, mixture: Mixture) -> list[dict[str, Any]]:
@@ -76,6 +97,7 @@ def data_identity(config: PretrainConfig, mixture: Mixture) -> list[dict[str, An
             "ids": _digest(source.ids()),
             "labels": _digest(map(str, source.labels() or ())),
             "templates": _digest(named_templates(config.templates, source.templates)),
+            **({"shards": _digest(map(str, shard_sizes(source)))} if config.order == "shards" else {}),
         }
         for source in mixture.sources
     ]
@@ -96,6 +118,7 @@ class Samples(Dataset[Item | UserError]):
         self.recipe = recipe
         self.config = config
         self.mixture = mixture
+        self._needs = recipe.needs_of(config)
         self._templates = [named_templates(config.templates, source.templates) for source in mixture.sources]
 
     def __getitem__(self, position: int) -> Item | UserError:
@@ -114,14 +137,14 @@ class Samples(Dataset[Item | UserError]):
         side = self.config.visual.image_size
         image = decode(example.image, where=example.id)
         image_CHW, view = augment(image, rng, self.config.augment, (side, side))
-        text = self._text(templates, example, label, rng) if "text" in self.recipe.needs else None
+        text = self._text(templates, example, label, rng) if "text" in self._needs else None
         return Sample(
             image_CHW=image_CHW,
             text=text,
             label=label,
             flipped=view.flipped,
             id=example.id,
-            regions=_in_view(example.regions, view) if "regions" in self.recipe.needs else (),
+            regions=_in_view(example.regions, view) if "regions" in self._needs else (),
             seed=int(rng.integers(2**63)),
         )
 
@@ -153,12 +176,12 @@ class Positions(Sampler[list[int]]):
         self._here = here
 
     def __len__(self) -> int:
-        return (self._config.steps - self._start) * self._config.accumulate
+        return (self._config.steps - self._start) * self._config.loads
 
     def __iter__(self) -> Iterator[list[int]]:
-        part_size = self._config.batch_size // self._config.accumulate
+        part_size = self._config.batch_size // self._config.loads
         share = part_size // self._here.world
-        for part in range(self._start * self._config.accumulate, self._config.steps * self._config.accumulate):
+        for part in range(self._start * self._config.loads, self._config.steps * self._config.loads):
             first = part * part_size + self._here.rank * share
             yield list(range(first, first + share))
 
@@ -177,13 +200,16 @@ class _Collate:
                 return item
             samples.append(item[0])
             bad.extend(item[1])
-        return self.recipe.collate(self.config, samples), bad
+        try:
+            return self.recipe.collate(self.config, samples), bad
+        except UserError as error:
+            return error
 
 
 def batches(
     recipe: Recipe, config: PretrainConfig, mixture: Mixture, *, start: int, here: Ranks, pin: bool
 ) -> Iterator[Batch]:
-    """One rank's batches from step ``start`` on, ``accumulate`` a step. Bad examples go to ``mixture.tally``."""
+    """One rank's batches from step ``start`` on, ``config.loads`` a step. Bad examples go to ``mixture.tally``."""
     loader: DataLoader[Any] = DataLoader(
         Samples(recipe, config, mixture),
         batch_sampler=Positions(config, start=start, here=here),
@@ -194,7 +220,7 @@ def batches(
         prefetch_factor=_PREFETCH if config.workers else None,
         pin_memory=pin,
     )
-    drawn = config.batch_size // config.accumulate // here.world
+    drawn = config.batch_size // config.loads // here.world
     for collated in loader:
         if isinstance(collated, UserError):
             raise collated

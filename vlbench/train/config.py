@@ -19,11 +19,16 @@ from vlbench.models.vision import VisualConfig
 class OptimConfig(Config):
     """The optimizer."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "lamb", "sgd"] = "adamw"
     lr: float = Field(default=1e-3, gt=0, description="at the peak of the schedule")
-    weight_decay: float = Field(default=0.1, ge=0, description="decoupled for adamw, added to the gradient for sgd")
-    betas: tuple[float, float] = Field(default=(0.9, 0.98), description="adamw")
-    eps: float = Field(default=1e-6, gt=0, description="adamw")
+    weight_decay: float = Field(
+        default=0.1,
+        ge=0,
+        description="decoupled for adamw; added to Adam's direction, before its norm is taken, for lamb; added to the "
+        "gradient for sgd",
+    )
+    betas: tuple[float, float] = Field(default=(0.9, 0.98), description="adamw and lamb")
+    eps: float = Field(default=1e-6, gt=0, description="adamw and lamb")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd")
     clip_norm: float | None = Field(default=None, gt=0, description="largest gradient norm; None: no clipping")
     decay_vectors: bool = Field(
@@ -38,6 +43,13 @@ class OptimConfig(Config):
         description="regular expression → factor on the learning rate of the parameters whose names it finds; the "
         "first that finds counts",
     )
+    lookahead_steps: int = Field(
+        default=0,
+        ge=0,
+        description="k of LookAhead: after every k steps the weights return to lookahead_alpha of the way that these "
+        "steps went; 0: no LookAhead",
+    )
+    lookahead_alpha: float = Field(default=0.5, gt=0, le=1, description="of LookAhead; 1 changes nothing")
 
     @field_validator("no_decay", "lr_factors")
     @classmethod
@@ -66,8 +78,11 @@ class ScheduleConfig(Config):
 class EvalImages(Config):
     """How images are prepared when the trained backbone is measured; it travels with the checkpoint."""
 
+    resize: Literal["shortest", "squash"] = Field(
+        default="shortest", description="shortest: keep the aspect; squash: to a square; then crop the centre"
+    )
     resize_to: int | None = Field(
-        default=None, description="shortest side before the centre crop; None: the input size"
+        default=None, description="shortest side (of the square, for squash) before that; None: the input size"
     )
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     mean: tuple[float, float, float] = Field(
@@ -90,7 +105,18 @@ class PretrainConfig(Config):
         default=1,
         ge=1,
         description="parts into which a batch is cut to save memory. Gradients are averaged over the parts, so a "
-        "contrastive loss sees negatives within a part only",
+        "contrastive loss sees negatives within a part only, unless grad_cache",
+    )
+    grad_cache: bool = Field(
+        default=False,
+        description="with accumulate: each part is embedded first, without gradients, so that a contrastive loss sees "
+        "the negatives of the whole batch, and then once more with those of the loss: one forward pass more. A part "
+        "still has BatchNorm statistics of its own",
+    )
+    loss_block: int | None = Field(
+        default=None,
+        ge=1,
+        description="rows of a contrastive loss's logits that are in memory at once; None: all of this rank's",
     )
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -102,9 +128,25 @@ class PretrainConfig(Config):
         description="prompts for examples that have a label and no text: auto (those beside the data, else simple), "
         "simple, imagenet81, or a file with one template a line, {} for the class name",
     )
+    order: Literal["shuffle", "shards"] = Field(
+        default="shuffle",
+        description="shuffle: each epoch is one shuffle of all examples; shards: each rank reads shards of its own, "
+        "few at a time, in an order that is new in each epoch, for data that the machine cannot keep in memory",
+    )
+    open_shards: int = Field(default=8, ge=1, description="order=shards: shards whose examples are shuffled together")
     languages: tuple[str, ...] = Field(default=("en",), description="languages whose captions are used")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16: autocast; weights stay fp32")
     compile: bool = Field(default=False, description="torch.compile the model")
+    checkpoint_activations: bool = Field(
+        default=False,
+        description="keep the inputs of blocks only and compute the rest again in the backward pass: the same weights "
+        "out of less memory, a third slower",
+    )
+    shard: bool = Field(
+        default=False,
+        description="under torchrun: each rank keeps a share of weights, gradients and optimizer state (FSDP), for "
+        "towers that one device cannot hold",
+    )
     workers: int = Field(default=1, ge=0, description="loader processes of each rank; 0: load in the main process")
     checkpoint_every: int = Field(default=1000, ge=1, description="steps between checkpoints; the end is always kept")
     log_every: int = Field(default=20, ge=1, description="steps between lines of the log")
@@ -122,13 +164,27 @@ class PretrainConfig(Config):
             raise ValueError(
                 f"batch_size {self.batch_size} cannot be cut into accumulate={self.accumulate} equal parts"
             )
+        if self.grad_cache and self.accumulate == 1:
+            raise ValueError("grad_cache joins the parts of a batch, and accumulate=1 leaves it whole; set accumulate")
         return self
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> Self:
+        resize_to, side = self.augment.resize_to, self.visual.image_size
+        if resize_to is not None and resize_to < side:
+            raise ValueError(f"augment.resize_to {resize_to}: a crop of visual.image_size={side} is not in it")
+        return self
+
+    @property
+    def loads(self) -> int:
+        """Parts in which a batch comes from the loader. A batch that ``grad_cache`` joins comes whole."""
+        return 1 if self.grad_cache else self.accumulate
 
     def preprocess(self) -> Preprocess:
         """What the checkpoint's card says of images."""
         side = self.visual.image_size
-        return Preprocess(image_size=(side, side), resize="shortest", **self.eval_images.model_dump())
+        return Preprocess(image_size=(side, side), **self.eval_images.model_dump())
 
 
 # Settings that change how fast a run goes or what it writes, never its weights: a resumed run may change them.
-FREE_ON_RESUME = frozenset({"workers", "checkpoint_every", "log_every", "max_bad"})
+FREE_ON_RESUME = frozenset({"workers", "checkpoint_every", "log_every", "max_bad", "checkpoint_activations"})

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from vlbench.core.errors import UserError
+from vlbench.core.errors import RunError, UserError
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,9 @@ def session(device: str | None = None) -> Iterator[torch.device]:
 
     Yields:
         The device to train on.
+
+    Raises:
+        RunError: where the connection to another process breaks, since that process has ended.
     """
     chosen = _device(device)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
@@ -54,11 +57,34 @@ def session(device: str | None = None) -> Iterator[torch.device]:
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    _join("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield chosen
+    except RuntimeError as error:
+        if not _is_broken_connection(error):
+            raise
+        raise RunError(
+            f"process {ranks().rank}: the connection to another process broke, which has ended; its own words say why. "
+            "`torchrun --max-restarts N ... --resume` goes on from the last checkpoint"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0" or os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        dist.init_process_group(backend)
+        return
+    # torchrun's store outlives a restart, and with it the addresses of the processes before: who is early would call
+    # the dead. On one machine the number of restarts tells them apart; machines count them each for itself.
+    store, rank, world = next(dist.rendezvous("env://"))
+    dist.init_process_group(backend, store=dist.PrefixStore(f"restart-{restarts}", store), rank=rank, world_size=world)
+
+
+def _is_broken_connection(error: RuntimeError) -> bool:
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or ("gloo" in text and "connect" in text)
 
 
 def _device(name: str | None) -> torch.device:

@@ -12,12 +12,14 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from vlbench.core.cards import ModelCard
@@ -29,9 +31,12 @@ from vlbench.train import checkpoint
 from vlbench.train.batches import Batch, batches, data_identity, open_mixture
 from vlbench.train.config import PretrainConfig
 from vlbench.train.distributed import Ranks, barrier, from_first, gather_objects, ranks
+from vlbench.train.gradcache import cached_gradients, contrastive
 from vlbench.train.optim import build_optimizer, set_learning_rate
 from vlbench.train.progress import Silent, Watcher
+from vlbench.train.recompute import recompute_blocks
 from vlbench.train.schedule import learning_rate
+from vlbench.train.sharding import clip_gradients, cut_model_state, cut_optimizer_state, shard_weights, whole_state
 
 _INIT, _STEP = 0, 1  # keeps the two uses of one seed apart
 
@@ -102,6 +107,8 @@ def fit(
     here, watcher, device = ranks(), watcher or Silent(), torch.device(device)
     path = out / checkpoint.CHECKPOINT
     _check_division(config, here)
+    if config.grad_cache:
+        contrastive(recipe, config)
     if not resume:
         checkpoint.check_unused(out)
     saved = checkpoint.load(out, recipe=recipe.name, config=config) if resume else None
@@ -159,19 +166,10 @@ def _one_step(run: _Run, step: int, stream: Iterator[Batch]) -> tuple[float, dic
     rate = learning_rate(step, steps=config.steps, peak=optim.lr, schedule=config.schedule)
     set_learning_rate(run.optimizer, rate)
     run.optimizer.zero_grad(set_to_none=True)
-    total: dict[str, torch.Tensor] = {}
-    for part in range(config.accumulate):
-        batch = _next(run, stream)
-        batch["epoch"] = torch.tensor(step * config.batch_size / len(run.mixture), device=run.device)
-        _seed(config.seed, _STEP, step, part, run.here.rank)  # after the loader, which draws numbers when it starts
-        with _synchronised(run.model, last=part == config.accumulate - 1):
-            with torch.autocast(run.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                losses = run.recipe.loss(run.model, batch, config)
-            (losses["loss"] / config.accumulate).backward()
-        for name, value in losses.items():
-            total[name] = total.get(name, 0.0) + value.detach().float() / config.accumulate
+    total = _gradients(run, step, stream)
     limit = optim.clip_norm if optim.clip_norm is not None else math.inf
-    norm = nn.utils.clip_grad_norm_(run.module.parameters(), limit)
+    clip = clip_gradients if config.shard else nn.utils.clip_grad_norm_
+    norm = clip(run.module.parameters(), limit)
     # One transfer, hence one wait for the device, for everything that is looked at in a step.
     values = torch.stack([*total.values(), norm.float()]).tolist()
     parts, gradient = dict(zip(total, values)), values[-1]
@@ -182,10 +180,33 @@ def _one_step(run: _Run, step: int, stream: Iterator[Batch]) -> tuple[float, dic
     return rate, parts, gradient
 
 
-def _next(run: _Run, stream: Iterator[Batch]) -> Batch:
+def _gradients(run: _Run, step: int, stream: Iterator[Batch]) -> dict[str, torch.Tensor]:
+    """Leave the gradients of a step in the parameters, and return its losses: the mean over its parts."""
+    config, exchange = run.config, partial(_synchronised, run.model)
+
+    def seed(part: int) -> None:
+        _seed(config.seed, _STEP, step, part, run.here.rank)  # after the loader, which draws numbers when it starts
+
+    if config.grad_cache:
+        return cached_gradients(run.recipe, run.model, _next(run, step, stream), config, seed=seed, exchange=exchange)
+    total: dict[str, torch.Tensor] = {}
+    for part in range(config.accumulate):
+        batch = _next(run, step, stream)
+        seed(part)
+        with exchange(last=part == config.accumulate - 1):
+            with torch.autocast(run.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                losses = run.recipe.loss(run.model, batch, config)
+            (losses["loss"] / config.accumulate).backward()
+        for name, value in losses.items():
+            total[name] = total.get(name, 0.0) + value.detach().float() / config.accumulate
+    return total
+
+
+def _next(run: _Run, step: int, stream: Iterator[Batch]) -> Batch:
     start = time.perf_counter()
     batch = next(stream)
     run.clock.waited += time.perf_counter() - start
+    batch["epoch"] = torch.tensor(step * run.config.batch_size / len(run.mixture))
     return {name: tensor.to(run.device, non_blocking=True) for name, tensor in batch.items()}
 
 
@@ -198,22 +219,28 @@ def _prepare(
     here: Ranks,
     assets: dict[str, bytes] | None,
 ) -> _Run:
-    mixture = open_mixture(recipe, config)
+    mixture = open_mixture(recipe, config, here=here)
     if assets is None:
         assets = from_first(recipe.learn_assets(config, mixture) if here.first else {})
     recipe = recipe.with_assets(assets)
     _seed(config.seed, _INIT)
-    # Channels last: convolutions are up to 1.4 times faster for it on CPUs, and GPUs prefer it in bfloat16.
-    module = recipe.build(config, mixture.classes).to(device, memory_format=torch.channels_last)
+    module = recipe.build(config, mixture.classes)
+    card = recipe.export(module, config, mixture.classes).card
+    card = card.model_copy(update={"id": out.resolve().name, "seed": config.seed})
+    if not config.shard:  # what is sharded must lie in the plain order, and goes to the device block by block
+        # Channels last: convolutions are up to 1.4 times faster for it on CPUs, and GPUs prefer it in bfloat16.
+        module = module.to(device, memory_format=torch.channels_last)
+    if config.checkpoint_activations:
+        recompute_blocks(module)
+    if config.shard:
+        shard_weights(module, device, bf16=config.precision == "bf16")
     if config.compile:
         module.compile()
     model: nn.Module = module
-    if here.world > 1:
+    if here.world > 1 and not config.shard:
         model = DistributedDataParallel(
             module, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
         )
-    card = recipe.export(module, config, mixture.classes).card
-    card = card.model_copy(update={"id": out.resolve().name, "seed": config.seed})
     optimizer = build_optimizer(module, config.optim)
     identity = data_identity(config, mixture)
     return _Run(recipe, config, out, device, here, mixture, module, model, optimizer, card, identity, assets)
@@ -233,8 +260,11 @@ def _restore(run: _Run, saved: dict[str, Any]) -> None:
             f"{run.out / checkpoint.CHECKPOINT}: the data have changed since ({'; '.join(changed)}): a resumed run "
             "would not be the same run; start a new one with another --out"
         )
-    run.module.load_state_dict(saved["model"])
-    run.optimizer.load_state_dict(train["optimizer"])
+    weights, moments = saved["model"], train["optimizer"]
+    if run.config.shard:
+        weights, moments = cut_model_state(run.module, weights), cut_optimizer_state(run.optimizer, moments)
+    run.module.load_state_dict(weights)
+    run.optimizer.load_state_dict(moments)
     run.step, run.saved_at, run.seconds = saved["step"], saved["step"], train["seconds"]
     run.mixture.tally.add(train["bad"][run.here.rank])
 
@@ -264,6 +294,9 @@ def _tally_of_all(run: _Run) -> BadTally:
 def _save(run: _Run, *, finished: bool) -> None:
     """Write the checkpoint. The last one needs no optimizer, which is two thirds of the file."""
     bad = gather_objects(run.mixture.tally.state())
+    weights, moments = run.module.state_dict(), None if finished else run.optimizer.state_dict()
+    if run.config.shard:  # all ranks give their shards
+        weights, moments = whole_state(weights), whole_state(moments)
     if run.here.first:
         samples = run.step * run.config.batch_size
         content: dict[str, Any] = {
@@ -272,13 +305,13 @@ def _save(run: _Run, *, finished: bool) -> None:
             "classes": list(run.mixture.classes),
             "assets": asset_tensors(run.assets),
             "card": run.card.model_copy(update={"images_seen": samples}).model_dump(mode="json"),
-            "model": run.module.state_dict(),
+            "model": weights,
             "step": run.step,
             "samples_seen": samples,
         }
         if not finished:
             content["train"] = {
-                "optimizer": run.optimizer.state_dict(),
+                "optimizer": moments,
                 "seconds": run.seconds + time.perf_counter() - run.clock.start,
                 "world": run.here.world,
                 "data": run.identity,
@@ -336,6 +369,8 @@ def _seed(*words: int) -> None:
 
 def _synchronised(model: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[None]:
     """Ranks exchange gradients once a step, after its last part."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
     if last or not isinstance(model, DistributedDataParallel):
         return contextlib.nullcontext()
     return model.no_sync()

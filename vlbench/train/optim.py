@@ -6,11 +6,14 @@ import re
 from typing import Any
 
 import torch
+from timm.optim.lamb import Lamb
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from vlbench.train.config import OptimConfig
+from vlbench.train.lookahead import look_ahead
 
-_FACTOR = "lr_factor"
+_FACTOR, _FREE = "lr_factor", "never_decays"
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
@@ -19,14 +22,17 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     Gains, biases and scales have fewer than two dimensions and do not decay (the rule of open_clip's legacy_main.py
     and of UniCL's optimizer.py) unless ``decay_vectors``; nor does what ``no_decay`` names, whatever its shape.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             vector = parameter.ndim < 2 or name.endswith("bias")
             free = (vector and not config.decay_vectors) or any(re.search(rule, name) for rule in config.no_decay)
             factor = next((factor for rule, factor in config.lr_factors.items() if re.search(rule, name)), 1.0)
-            groups.setdefault((0.0 if free else config.weight_decay, factor), []).append(parameter)
-    return [{"params": group, "weight_decay": decay, _FACTOR: factor} for (decay, factor), group in groups.items()]
+            groups.setdefault((free, factor), []).append(parameter)
+    return [
+        {"params": group, "weight_decay": 0.0 if free else config.weight_decay, _FREE: free, _FACTOR: factor}
+        for (free, factor), group in groups.items()
+    ]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -36,8 +42,33 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer over ``model``. Fused: one pass over memory, several times faster for large embeddings."""
+    """The optimizer over ``model``, with LookAhead where it is asked for.
+
+    AdamW and SGD are torch's, fused: one pass over memory, several times faster for large embeddings. Over sharded
+    weights SGD is not, for which torch has no fused one; LAMB's norms are those of whole tensors there too.
+    """
     groups = parameter_groups(model, config)
+    optimizer: torch.optim.Optimizer
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=not sharded)
+    elif config.name == "lamb":
+        optimizer = _lamb(groups, config)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    if config.lookahead_steps:
+        look_ahead(optimizer, steps=config.lookahead_steps, alpha=config.lookahead_alpha)
+    return optimizer
+
+
+def _lamb(groups: list[dict[str, Any]], config: OptimConfig) -> Lamb:
+    """LAMB (You et al., 1904.00962, algorithm 2) as timm has it, without the clipping that timm adds.
+
+    ``u = m_hat / (sqrt(v_hat) + eps) + weight_decay * w``, ``w -= lr * |w| / |u| * u`` by parameter tensor, the ratio
+    being 1 where either norm is 0. What is excluded from decay has no trust ratio either (TensorFlow Addons' rule,
+    which COYO-ALIGN trains with); that is the exclusion and not the rate, so that weight_decay=0 is LAMB still. The
+    loop clips gradients itself, by ``clip_norm``.
+    """
+    for group in groups:
+        group["always_adapt"] = not group[_FREE]
+    return Lamb(groups, lr=config.lr, betas=config.betas, eps=config.eps, max_grad_norm=None)

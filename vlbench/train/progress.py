@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+_WORTH_SAYING = 0.1
+
 
 class Watcher(Protocol):
     """Who follows a run."""
@@ -46,7 +48,7 @@ class _Lines(Silent):
         left = (self._total - record["step"]) * self._batch_size / max(record["images_per_second"], 1e-9)
         self.say(
             f"step {record['step']}/{self._total}  loss {record['loss']:.4f}  lr {record['lr']:.2e}"
-            f"  {record['images_per_second']:.0f} images/s  {_minutes(left)} left"
+            f"  {record['images_per_second']:.0f} images/s{_waiting(record)}  {_minutes(left)} left"
         )
 
     def say(self, text: str) -> None:
@@ -60,6 +62,9 @@ class _Live(Silent):
 
     def step(self, done: int, *, loss: float, images_per_second: float) -> None:
         self._progress.update(self._task, completed=done, loss=loss, rate=images_per_second)
+
+    def record(self, record: Mapping[str, Any]) -> None:
+        self._progress.update(self._task, waiting=_waiting(record))
 
     def say(self, text: str) -> None:
         self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -75,11 +80,17 @@ def watch(total: int, batch_size: int, *, console: Console | None = None) -> Ite
     columns = (
         TextColumn("step {task.completed}/{task.total}"),
         BarColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:.0f} images/s"),
+        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:.0f} images/s{task.fields[waiting]}"),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Progress(*columns, console=console) as progress:
-        yield _Live(progress, progress.add_task("train", total=total, loss=float("nan"), rate=0.0))
+        yield _Live(progress, progress.add_task("train", total=total, loss=float("nan"), rate=0.0, waiting=""))
+
+
+def _waiting(record: Mapping[str, Any]) -> str:
+    """The share of the time that went by waiting for data, where it is worth a word: more workers would help."""
+    share = record.get("data_wait", 0.0)
+    return f"  {share:.0%} waiting for data" if share >= _WORTH_SAYING else ""
 
 
 def _minutes(seconds: float) -> str:

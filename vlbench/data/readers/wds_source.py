@@ -84,6 +84,10 @@ class WdsSource(BaseSource):
             self._labels = [self._quiet_label(index) for index in range(len(self))]
         return self._labels
 
+    def shards(self) -> Sequence[int]:
+        """The number of entries of each tar, in order."""
+        return [len(index) + bool(index.damage) for index in self._indices]
+
     def _all_ids(self) -> list[str]:
         plain = [key for tar in self._indices for key in self._keys(tar)]
         if len(set(plain)) < len(plain):

@@ -7,21 +7,33 @@ the paper's algorithm 1 and the settings are the repository's defaults. Source t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 
+from vlbench.core.types import Backbone, Part, Sample
 from vlbench.data.transforms import Augment
 from vlbench.models.text import TextConfig
+from vlbench.models.two_tower import TwoTower
 from vlbench.models.vision import VisualConfig
 from vlbench.recipes.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     TINY_RUN,
     TINY_TEXT,
+    BaseRecipe,
     TwoTowerConfig,
     TwoTowerRecipe,
+)
+from vlbench.recipes.unicl.variants import (
+    CrossEntropy,
+    ImageEmbedder,
+    ImageToText,
+    LabelEmbedding,
+    MultiTask,
+    SupCon,
 )
 from vlbench.train.config import EvalImages, OptimConfig, ScheduleConfig
 from vlbench.train.losses import unicl_loss
@@ -30,6 +42,12 @@ from vlbench.train.losses import unicl_loss
 class UniclConfig(TwoTowerConfig):
     """UniCL's settings."""
 
+    variant: Literal["unicl", "image_to_text", "cross_entropy", "supcon", "multi_task", "label_embedding"] = Field(
+        default="unicl", description="UniCL itself, or what it is compared with"
+    )
+    head_weight: float = Field(
+        default=1.0, gt=0, description="multi_task: weight of the cross-entropy beside the contrastive loss"
+    )
     embed_dim: int = 512  # [U:model/model.py]
     logit_scale_init: float = 1.0  # used as exp(1.0) = 2.718, not CLIP's 14.3 [U:model/model.py]
     logit_scale_max: float | None = None  # no clamp anywhere [U:model/model.py]
@@ -92,12 +110,10 @@ PAPER = UniclConfig(
 )
 
 
-class Unicl(TwoTowerRecipe):
-    """Every image and text of one class belong together; each caption is a class of its own."""
+class Bidirectional(TwoTowerRecipe):
+    """UniCL itself: every image and text of one class belong together; each caption is a class of its own."""
 
     name = "unicl"
-    Config = UniclConfig
-    presets: Mapping[str, Any] = {"tiny": TINY, "paper": PAPER}
 
     def contrast(
         self,
@@ -108,7 +124,67 @@ class Unicl(TwoTowerRecipe):
         config: Any,
     ) -> torch.Tensor:
         """Bidirectional contrastive loss over the whole batch of all ranks; its floor is above 0."""
-        return unicl_loss(image_BE, text_BE, batch["labels_B"], logit_scale)
+        return unicl_loss(image_BE, text_BE, batch["labels_B"], logit_scale, block=config.loss_block)
+
+
+VARIANTS: Mapping[str, TwoTowerRecipe | CrossEntropy | SupCon | LabelEmbedding] = {
+    "unicl": Bidirectional(),
+    "image_to_text": ImageToText(),
+    "cross_entropy": CrossEntropy(),
+    "supcon": SupCon(),
+    "multi_task": MultiTask(),
+    "label_embedding": LabelEmbedding(),
+}
+
+
+class Unicl(BaseRecipe):
+    """UniCL and what it is compared with: a recipe a variant, which does the work."""
+
+    name = "unicl"
+    Config = UniclConfig
+    presets: Mapping[str, Any] = {"tiny": TINY, "paper": PAPER}
+    needs: frozenset[Part] = frozenset({"image", "text"})
+    variants: Mapping[str, str] = {
+        "unicl": "images and texts attract each other by class, in both directions (2204.03610, algorithm 1)",
+        "image_to_text": "the image-to-text direction of it alone (2204.03610)",
+        "cross_entropy": "a linear head on labels; no captions (2204.03610's baseline)",
+        "supcon": "images of a class attract each other, one view an image; no captions (SupCon, 2004.11362)",
+        "multi_task": "CLIP's loss on captions plus head_weight x cross-entropy on labels (2204.03610's baseline)",
+        "label_embedding": "a vector a class in place of the text tower; no captions (2204.03610's ablation)",
+    }
+
+    def needs_of(self, config: Any) -> frozenset[Part]:
+        """Labels for the variants that have no use for texts."""
+        return VARIANTS[config.variant].needs
+
+    def learn_assets(self, config: Any, data: Any) -> dict[str, bytes]:
+        """Nothing; a variant may refuse the data."""
+        return VARIANTS[config.variant].learn_assets(config, data)
+
+    def build(self, config: Any, classes: Sequence[str]) -> torch.nn.Module:
+        """Towers and heads, none that the variant does not use."""
+        return VARIANTS[config.variant].build(config, classes)
+
+    def collate(self, config: Any, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        """Images, labels (-1: a caption) and, where the variant reads them, tokens."""
+        return VARIANTS[config.variant].collate(config, samples)
+
+    def loss(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+        """The variant's, over the whole batch of all ranks."""
+        return VARIANTS[config.variant].loss(model, batch, config)
+
+    def contrastive(self, config: Any) -> TwoTowerRecipe | None:
+        """The variant, where it compares images with texts."""
+        return VARIANTS[config.variant].contrastive(config)
+
+    def after_step(self, model: torch.nn.Module) -> None:
+        """Hold the logit scale at its maximum, where there is one."""
+        if isinstance(model, TwoTower | ImageEmbedder):
+            model.clamp_logit_scale()
+
+    def export(self, model: torch.nn.Module, config: Any, classes: Sequence[str]) -> Backbone:
+        """What the variant leaves to be measured: both towers, or the image tower."""
+        return VARIANTS[config.variant].export(model, config, classes)
 
 
 RECIPE = Unicl()
