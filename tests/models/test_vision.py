@@ -10,6 +10,7 @@ TINY = {
     "timm-resnet": VisualConfig(arch="timm:test_resnet", image_size=64),
     "timm-vit": VisualConfig(arch="timm:test_vit", image_size=64),
     "timm-efficientnet": VisualConfig(arch="timm:test_efficientnet", image_size=64),
+    "timm-efficientnet-headless": VisualConfig(arch="timm:test_efficientnet", image_size=64, kwargs={"headless": True}),
     "timm-swin": VisualConfig(
         arch="timm:swin_tiny_patch4_window7_224",
         image_size=64,
@@ -152,3 +153,38 @@ def test_build_visual_names_the_mistake(arch, kwargs, message):
 def test_build_visual_refuses_a_size_that_modified_resnet_cannot_take():
     with pytest.raises(UserError, match="multiple of 32"):
         build_visual(VisualConfig(arch="open_clip:RN50", image_size=48))
+
+
+def test_headless_efficientnet_ends_after_its_last_block(images_BCHW):
+    config = VisualConfig(arch="timm:tf_efficientnet_b0", image_size=64, kwargs={"headless": True})
+    torch.manual_seed(0)
+    net = build_visual(config).eval()
+    whole = build_visual(VisualConfig(arch="timm:tf_efficientnet_b0", image_size=64))
+    with torch.inference_mode():
+        last_BCHW = net.net.blocks(net.net.bn1(net.net.conv_stem(images_BCHW)))
+        assert torch.equal(net.net.forward_features(images_BCHW), last_BCHW)
+        torch.testing.assert_close(net(images_BCHW), last_BCHW.mean((2, 3)))
+        dense = net.features(images_BCHW, dense=True)
+    assert torch.equal(dense.maps[32], last_BCHW)
+    assert torch.equal(dense.tokens_BND, last_BCHW.flatten(2).transpose(1, 2))
+    assert (net.width, whole.width) == (320, 1280)
+    counts = [sum(parameter.numel() for parameter in tower.parameters()) for tower in (whole, net)]
+    assert counts[0] - counts[1] == 320 * 1280 + 2 * 1280  # the convolution and its BatchNorm
+    assert net.arch != whole.arch
+
+
+@pytest.mark.parametrize(
+    "name, width",
+    [("b1", 1.0), ("b2", 1.1), ("b3", 1.2), ("b4", 1.4), ("b5", 1.6), ("b6", 1.8), ("b7", 2.0), ("l2", 4.3)],
+)
+def test_headless_efficientnet_has_the_width_of_the_scaling_rule(name, width):
+    """Tan & Le 2019: the last block's 320 channels times the width coefficient, to a multiple of 8. B7 640, L2 1376."""
+    with torch.device("meta"):
+        net = build_visual(VisualConfig(arch=f"timm:tf_efficientnet_{name}", kwargs={"headless": True}))
+        assert net.width == int(320 * width + 4) // 8 * 8
+        assert net(torch.zeros(1, 3, 64, 64)).shape == (1, net.width)
+
+
+def test_headless_is_for_efficientnets():
+    with pytest.raises(UserError, match="only EfficientNets can be headless; leave headless out"):
+        build_visual(VisualConfig(arch="timm:test_resnet", image_size=64, kwargs={"headless": True}))

@@ -10,6 +10,9 @@ RECIPES = Registry(
         "supervised": "vlbench.recipes.supervised:RECIPE",
         "clip": "vlbench.recipes.clip:RECIPE",
         "unicl": "vlbench.recipes.unicl:RECIPE",
+        "virtex": "vlbench.recipes.virtex:RECIPE",
+        "align": "vlbench.recipes.align:RECIPE",
+        "muvla": "vlbench.recipes.muvla:RECIPE",
     },
     group="vlbench.recipes",
 )
@@ -29,6 +32,8 @@ ADAPTERS = Registry(
         "elevater_probe": "vlbench.adapters.elevater_probe:ADAPTER",
         "clip_benchmark_probe": "vlbench.adapters.clip_benchmark_probe:ADAPTER",
         "retrieval": "vlbench.adapters.retrieval:ADAPTER",
+        "matching": "vlbench.adapters.matching:ADAPTER",
+        "captioning": "vlbench.adapters.captioning:ADAPTER",
     },
     group="vlbench.adapters",
 )
@@ -45,6 +50,10 @@ READERS = Registry(
         "karpathy": "vlbench.data.readers.karpathy:READER",
         "multi30k": "vlbench.data.readers.multi30k:READER",
         "voc": "vlbench.data.readers.voc:READER",
+        "vqa": "vlbench.data.readers.vqa:READER",
+        "nlvr2": "vlbench.data.readers.nlvr2:READER",
+        "snli_ve": "vlbench.data.readers.snli_ve:READER",
+        "refcoco": "vlbench.data.readers.refcoco:READER",
     },
     group="vlbench.readers",
 )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from pydantic import Field
@@ -59,6 +59,11 @@ class TextTower(nn.Module):
     def __init__(self, net: Any) -> None:
         super().__init__()
         self.net = net
+
+    @property
+    def projection(self) -> torch.Tensor:
+        """The weight of the projection into the joint space."""
+        return self.net.text_projection
 
     def forward(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """``text_BE``, not normalised, of token ids padded with zeros to any length up to the context."""
@@ -120,6 +125,15 @@ def _at_the_end(net: Any, x_BLD: torch.Tensor, end_B: torch.Tensor) -> torch.Ten
     short, long = is_short_B.nonzero()[:, 0], (~is_short_B).nonzero()[:, 0]
     parts = _at_the_end(net, x_BLD[short, :_LENGTH_STEP], end_B[short]), _at_the_end(net, x_BLD[long], end_B[long])
     return torch.cat(parts)[torch.cat([short, long]).argsort()]
+
+
+class TextReader(Protocol):
+    """What goes before a text tower: texts to ``tokens_BL``, and its name for the model card."""
+
+    spec: TextSpec
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        """``tokens_BL``, int64, padded with zeros."""
 
 
 class Tokenizer:

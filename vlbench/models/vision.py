@@ -25,7 +25,9 @@ class VisualConfig(Config):
     image_size: int = Field(default=224, ge=8, description="side of the square input in pixels")
     kwargs: dict[str, Any] = Field(
         default_factory=dict,
-        description="the library's own constructor settings; for open_clip: layers, width, heads, patch_size, ...",
+        description="the library's own constructor settings; for open_clip: layers, width, heads, patch_size, ...; for "
+        "timm's EfficientNets also headless: true leaves out the last 1x1 convolution, so that the pooled feature is "
+        "that of the last block (B7: 640, L2: 1376)",
     )
 
     def identity(self) -> str:
@@ -90,7 +92,22 @@ def _timm_net(name: str, config: VisualConfig) -> Any:
 
     check_timm_name(name)
     kwargs = timm_size_kwargs(name, config.image_size) | config.kwargs
-    return _construct(config, lambda: timm.create_model(name, pretrained=False, num_classes=0, **kwargs))
+    headless = kwargs.pop("headless", False)
+    net = _construct(config, lambda: timm.create_model(name, pretrained=False, num_classes=0, **kwargs))
+    if headless:
+        _drop_head_convolution(net, config)
+    return net
+
+
+def _drop_head_convolution(net: Any, config: VisualConfig) -> None:
+    """Let ``forward_features`` end after the last block of an EfficientNet, as ALIGN's image tower does."""
+    from timm.models.efficientnet import EfficientNet
+    from torch import nn
+
+    if not isinstance(net, EfficientNet):
+        raise UserError(f"{config.identity()}: only EfficientNets can be headless; leave headless out")
+    net.conv_head, net.bn2 = nn.Identity(), nn.Identity()
+    net.num_features = net.head_hidden_size = net.feature_info[-1]["num_chs"]
 
 
 def _torchvision_net(name: str, config: VisualConfig) -> Any:
