@@ -12,8 +12,9 @@ import yaml
 from PIL import Image
 
 from vlbench.core.errors import UserError
-from vlbench.verbs.study import Study, model_name, read_study, run
+from vlbench.verbs.study import Study, _check, model_name, read_study, run
 
+ROOT = Path(__file__).resolve().parents[2]
 MINIMAL: dict[str, Any] = {"title": "t", "arms": [{"recipe": "clip"}, {"recipe": "unicl"}], "tasks": "knn"}
 
 
@@ -45,6 +46,11 @@ def test_study_that_is_not_there_names_the_nearest_file() -> None:
     [
         ({"seed": [0]}, "unknown key 'seed'; did you mean 'seeds'"),
         ({"arms": []}, "arms"),
+        ({"random": ["clp"]}, "random: unknown arm 'clp'; did you mean 'clip'?"),
+        (
+            {"random": ["clip"], "arms": [{"recipe": "clip"}, {"recipe": "unicl", "name": "random-clip"}]},
+            "as the random-",
+        ),
         ({"arms": [{"recipe": "clip"}, {"recipe": "clip"}]}, "arm 2 is called 'clip', as arm 1 is; give it a `name`"),
         ({"arms": [{"recipe": "clip", "name": "a/b"}, {"recipe": "unicl", "name": "a b"}]}, "arm 2 is called 'a b'"),
         ({"arms": [{"recipe": "clip", "name": "random"}]}, "as the random-weight rows is"),
@@ -67,6 +73,9 @@ def test_study_with_a_mistake_is_refused_when_read(changes: dict[str, Any], answ
         ({"arms": [{"recipe": "clip"}, {"recipe": "unicle"}]}, "arm unicle: unknown recipe 'unicle'; did you mean"),
         ({"preset": "tinny"}, "arm clip: recipe clip: unknown preset 'tinny'; did you mean 'tiny'"),
         ({"arms": [{"recipe": "clip"}, {"recipe": "unicl", "set": ["optim.rl=1"]}]}, "unknown setting 'rl'"),
+        ({"arms": [{"recipe": "unicl", "variant": "sup"}]}, "arm unicl-sup: recipe unicl: unknown variant 'sup'; did"),
+        ({"arms": [{"recipe": "clip", "variant": "x"}]}, "arm clip-x: recipe clip has no variants"),
+        ({"tasks": "knn/shape"}, "unknown task 'knn/shape'; did you mean 'knn/shapes'?"),
     ],
 )
 def test_study_checks_every_arm_before_it_trains_one(changes: dict[str, Any], answer: str) -> None:
@@ -82,6 +91,28 @@ def test_model_names_have_the_backbone_where_there_are_several() -> None:
     assert model_name(one, "clip", "timm:resnet18", 3) == "clip-s3"
     assert model_name(two, "clip", "timm:resnet18", 3) == "clip-timm-resnet18-s3"
     assert model_name(one, "clip", None, 0) == "clip-s0"
+
+
+def test_arms_are_called_after_recipe_and_variant() -> None:
+    arms = [{"recipe": "unicl"}, {"recipe": "unicl", "variant": "supcon"}]
+    study = Study.model_validate({**MINIMAL, "arms": arms})
+    assert [arm.label for arm in study.arms] == ["unicl", "unicl-supcon"]
+    assert study.settings(study.arms[1], None, 0)["variant"] == "supcon"
+
+
+def test_random_rows_are_of_the_last_arm_or_of_those_named() -> None:
+    assert Study.model_validate(MINIMAL).random_rows == {"random": "unicl"}
+    assert Study.model_validate({**MINIMAL, "random": False}).random_rows == {}
+    named = Study.model_validate({**MINIMAL, "random": ["clip", "unicl"]})
+    assert named.random_rows == {"random-clip": "clip", "random-unicl": "unicl"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_studies_can_be_run_and_share_a_budget(path: Path) -> None:
+    study = read_study(path)
+    cells = [(backbone, 0, arm) for backbone in study.backbones or (None,) for arm in study.arms]
+    (note,) = _check(study, cells, str(path))
+    assert note.startswith("Every arm saw 38,400 images through timm:test_resnet at 64 px"), note
 
 
 def test_study_trains_measures_and_reuses(capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,6 +135,13 @@ def test_study_trains_measures_and_reuses(capsys: pytest.CaptureFixture[str]) ->
     assert run(arguments(written(**changes))) == 0
     first = capsys.readouterr().out
     assert "[study] 2/2 clip-s0" in first
+    table = Path("out/TABLE.md").read_text()
+    assert table in first
+    assert "knn/data: acc1" in table
+    assert [line.split("|")[1].strip() for line in table.split("\n") if line.startswith("| ")] == [
+        *("Arm", "supervised", "clip", "random", "*chance*")
+    ]
+    assert "Every arm saw 16 images through timm:test_resnet at 32 px." in table
     board = Path("results/LEADERBOARD.md").read_text()
     for name in ("supervised-s0", "clip-s0", "random-s0"):
         assert name in board
@@ -117,3 +155,28 @@ def test_study_trains_measures_and_reuses(capsys: pytest.CaptureFixture[str]) ->
 
     with pytest.raises(UserError, match=r"steps: 2, now 3\)"):
         run(arguments(written(**{**changes, "set": ["steps=3", *settings[1:]]})))
+
+
+def test_what_an_arm_has_not_the_parts_for_is_skipped_with_a_note(capsys: pytest.CaptureFixture[str]) -> None:
+    """Named in full, and the only task: still no failure, and a dash in the table."""
+    for name in ("dark", "light"):
+        (Path("data") / name).mkdir(parents=True)
+        for number in range(6):
+            Image.fromarray(np.full((24, 24, 3), 100 * (name == "light") + number, np.uint8)).save(
+                Path("data") / name / f"{number}.png"
+            )
+    arm = {"data": ["imagefolder:data"]}
+    study = written(
+        arms=[{"recipe": "unicl", "variant": "cross_entropy", **arm}, {"recipe": "clip", **arm}],
+        tasks="zeroshot/shapes",
+        seeds=[0],
+        random=False,
+        set=["steps=1", "batch_size=4", "visual.image_size=32", "workers=0", "max_bad=1"],
+    )
+    assert run(arguments(study)) == 0
+    said = capsys.readouterr().out
+    assert "skipped zeroshot/shapes: unicl-cross_entropy-s0 has no text tower" in said
+    rows = [line.split("|")[1:3] for line in Path("out/TABLE.md").read_text().split("\n") if line.startswith("| ")]
+    cells = {name.strip(): cell.strip() for name, cell in rows}
+    assert cells["unicl-cross_entropy"] == "–"
+    assert "[" in cells["clip"]

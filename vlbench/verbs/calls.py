@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlbench.core.errors import UserError
 from vlbench.core.names import unknown
+
+if TYPE_CHECKING:
+    from vlbench.train.config import PretrainConfig
 
 PRETRAIN_DEFAULTS = {
     "recipe": None,
     "data": None,
     "preset": "tiny",
+    "variant": None,
     "backbone": None,
     "set": (),
     "seed": None,
@@ -62,18 +67,23 @@ def pretrain(**changes: object) -> Path:
     return train(args)
 
 
-def check_pretrain(**changes: object) -> None:
-    """Raise UserError where ``pretrain`` with these settings would refuse them, before it has done anything."""
+def check_pretrain(**changes: object) -> PretrainConfig:
+    """The settings of a run. Raises UserError where ``pretrain`` would refuse them, before it has done anything."""
     from vlbench.verbs.pretrain import check
 
-    check(_namespace(PRETRAIN_DEFAULTS, changes))
+    return check(_namespace(PRETRAIN_DEFAULTS, changes))
 
 
-def evaluate(**changes: object) -> int:
-    """``vlbench eval`` with ``changes`` to its defaults. Returns its exit status."""
+def evaluate(*, skip_unsuitable: bool = False, **changes: object) -> int:
+    """``vlbench eval`` with ``changes`` to its defaults. Returns its exit status.
+
+    With ``skip_unsuitable``, a task that the model has not the parts for is skipped though it is named in full.
+    """
     from vlbench.verbs.evaluate import run
 
-    return run(_namespace(EVAL_DEFAULTS, changes))
+    args = _namespace(EVAL_DEFAULTS, changes)
+    args.skip_unsuitable = skip_unsuitable
+    return run(args)
 
 
 def _namespace(defaults: dict[str, object], changes: dict[str, object]) -> argparse.Namespace:

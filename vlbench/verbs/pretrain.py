@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from vlbench.core.config import difference, override, parse
 from vlbench.core.errors import UserError
@@ -53,9 +53,17 @@ def pretrain(args: argparse.Namespace) -> Path:
             path = fit(recipe, config, out=out, resume=args.resume, device=device, preset=preset, watcher=watcher)
         if first:
             print(f"checkpoint: {path}")
-            tasks = "linear,knn" if "text" not in recipe.needs else "zeroshot,linear,retrieval"
-            print(f"measure it: vlbench eval --model {path} --tasks {tasks}", flush=True)
+            print(f"measure it: vlbench eval --model {path} --tasks {','.join(_kinds(path))}", flush=True)
     return path
+
+
+def _kinds(path: Path) -> list[str]:
+    """Kinds of task that suit what was trained, by what its card provides."""
+    from vlbench.models.weights import read_checkpoint
+
+    provides = read_checkpoint(path)["card"]["provides"]
+    kinds = ["zeroshot", "linear", "retrieval"] if "text" in provides else ["linear", "knn"]
+    return kinds + [kind for part, kind in (("captions", "captioning"), ("match", "matching")) if part in provides]
 
 
 def check(args: argparse.Namespace) -> PretrainConfig:
@@ -97,8 +105,25 @@ def _changed(args: argparse.Namespace, base: PretrainConfig) -> PretrainConfig:
         # The constructor settings belong to the preset's own network.
         kept = values["visual"]["kwargs"] if args.backbone == base.visual.arch else {}
         values["visual"] = values["visual"] | {"arch": args.backbone, "kwargs": kept}
+    if args.variant is not None:
+        values["variant"] = _variant(args, type(base))
     config = parse(type(base), values, where=f"pretrain {args.recipe}")
     return override(config, args.set) if args.set else config
+
+
+def _variant(args: argparse.Namespace, kind: type[PretrainConfig]) -> str:
+    known = variants_of(kind)
+    if not known:
+        raise UserError(f"recipe {args.recipe} has no variants; leave --variant out")
+    if args.variant not in known:
+        raise UserError(f"recipe {args.recipe}: {unknown('variant', args.variant, known)}")
+    return str(args.variant)
+
+
+def variants_of(kind: type[PretrainConfig]) -> tuple[str, ...]:
+    """The values that the setting ``variant`` takes; none where the recipe has no such setting."""
+    field = kind.model_fields.get("variant")
+    return get_args(field.annotation) if field is not None else ()
 
 
 def _stored(args: argparse.Namespace, out: Path) -> dict[str, Any] | None:
@@ -150,7 +175,7 @@ def _held(args: argparse.Namespace, default_seed: int) -> Iterator[Path]:
         raise UserError(f"the run folder {error.filename or folder} cannot be made: {error.strerror}") from None
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=_patience())
     except Timeout:
         raise UserError(
             f"{folder} is in use by another `vlbench pretrain`; wait for its end, or give another --out"
@@ -164,6 +189,15 @@ def _held(args: argparse.Namespace, default_seed: int) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # raised where something is in it
             for path in absent:
                 path.rmdir()
+
+
+def _patience() -> float:
+    """Seconds to wait for the lock.
+
+    Where torchrun starts its processes again after one has died, the loader processes of the first rank before may
+    still hold it: they look for their parent every five seconds.
+    """
+    return 60 if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) else 0
 
 
 def _folder(args: argparse.Namespace, default_seed: int) -> Path | None:
@@ -180,7 +214,7 @@ def _folder(args: argparse.Namespace, default_seed: int) -> Path | None:
 
 
 def _new_folder(args: argparse.Namespace, default_seed: int) -> Path:
-    """The first free ``runs/<recipe>-<preset>-s<seed>``, made here: who makes a folder has it, however many look."""
+    """The first free folder of the default name, made here: who makes a folder has it, however many look."""
     for name in _names(args, default_seed):
         with contextlib.suppress(FileExistsError):
             (RUNS / name).mkdir(parents=True)
@@ -190,7 +224,8 @@ def _new_folder(args: argparse.Namespace, default_seed: int) -> Path:
 
 def _names(args: argparse.Namespace, default_seed: int) -> Iterator[str]:
     seed = args.seed if args.seed is not None else default_seed
-    return _numbered(slug(f"{args.recipe}-{args.preset}-s{seed}"))
+    words = [args.recipe, args.variant, args.preset, f"s{seed}"]
+    return _numbered(slug("-".join(word for word in words if word is not None)))
 
 
 def _numbered(name: str) -> Iterator[str]:

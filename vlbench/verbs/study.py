@@ -1,14 +1,16 @@
 """``vlbench study FILE.yaml``: recipes × backbones × seeds at equal budget, and one table.
 
 A study is a list of ``pretrain`` and ``eval`` calls that differ in one thing at a time, so that a difference in its
-table is a difference in the recipe. Killed, it goes on where it was: a finished run and a stored result are not made
-again. A run whose settings the study has changed since is an error, never a row of another budget.
+table is a difference in the recipe. A task that an arm has not the parts for (a text tower, say) is skipped with a
+note. Killed, it goes on where it was: a finished run and a stored result are not made again. A run whose settings the
+study has changed since is an error, never a row of another budget.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,17 +19,28 @@ from pydantic import Field, model_validator
 from vlbench.core.cards import read_yaml
 from vlbench.core.config import Config, parse
 from vlbench.core.errors import UserError
-from vlbench.core.names import nearest, slug
+from vlbench.core.files import write_text
+from vlbench.core.names import nearest, slug, unknown
 from vlbench.verbs.calls import check_pretrain, evaluate, pretrain
+
+TABLE = "TABLE.md"
+"""In the study's folder of runs: what is printed at its end."""
+_RANDOM = "random"
 
 
 class Arm(Config):
     """One recipe of a study, with what it needs of its own."""
 
     recipe: str
-    name: str | None = Field(default=None, description="in tables; default: the recipe's name")
+    variant: str | None = Field(default=None, description="of the recipe, as for --variant")
+    name: str | None = Field(default=None, description="in tables; default: the recipe's name and the variant's")
     data: tuple[str, ...] | None = Field(default=None, description="data specs; default: the preset's")
     set: tuple[str, ...] = Field(default=(), description="further settings, as for --set")
+
+    @property
+    def label(self) -> str:
+        """What the arm is called."""
+        return self.name or "-".join(word for word in (self.recipe, self.variant) if word is not None)
 
 
 class Study(Config):
@@ -40,15 +53,22 @@ class Study(Config):
     backbones: tuple[str, ...] | None = Field(default=None, description="None: the preset's own")
     seeds: tuple[int, ...] = (0, 1, 2)
     set: tuple[str, ...] = Field(default=(), description="settings of every arm; the budget belongs here")
-    random: bool = Field(default=True, description="measure random weights of each architecture too, with each seed")
+    random: bool | tuple[str, ...] = Field(
+        default=True,
+        description="measure random weights too, with each seed and backbone: of the last arm's architecture (put one "
+        "with a text tower there), or of those of the arms that are named, where they differ in what they can do",
+    )
     data_root: str | None = Field(default=None, description="as for `vlbench eval --data-root`")
     eval_data: str | None = Field(default=None, description="as for `vlbench eval --data`: what the kinds are run on")
 
     @model_validator(mode="after")
     def _every_cell_has_its_own_name(self) -> Self:
-        seen = {slug("random"): "the random-weight rows"} if self.random else {}
+        for name in self.random if isinstance(self.random, tuple) else ():
+            if name not in (labels := [arm.label for arm in self.arms]):
+                raise ValueError(f"random: {unknown('arm', name, labels)}")
+        seen = {slug(name): "the random-weight rows" for name in self.random_rows}
         for number, arm in enumerate(self.arms, start=1):
-            name = arm.name or arm.recipe
+            name = arm.label
             if slug(name) in seen:
                 raise ValueError(
                     f"arm {number} is called {name!r}, as {seen[slug(name)]} is; give it a `name` of its own"
@@ -59,12 +79,20 @@ class Study(Config):
                 raise ValueError(f"{what}: expected at least one, and none twice, got {list(values)}")
         return self
 
+    @property
+    def random_rows(self) -> dict[str, str]:
+        """Rows of random weights: name → the arm whose architecture it is."""
+        if isinstance(self.random, bool):
+            return {_RANDOM: self.arms[-1].label} if self.random else {}
+        return {f"{_RANDOM}-{name}": name for name in self.random}
+
     def settings(self, arm: Arm, backbone: str | None, seed: int) -> dict[str, Any]:
         """What ``pretrain`` is called with for one cell."""
         return {
             "recipe": arm.recipe,
             "data": list(arm.data) if arm.data else None,
             "preset": self.preset,
+            "variant": arm.variant,
             "backbone": backbone,
             "set": [*self.set, *arm.set],
             "seed": seed,
@@ -78,14 +106,10 @@ def run(args: argparse.Namespace) -> int:
     study = read_study(Path(args.file))
     out = Path(args.out) if args.out else Path("runs") / Path(args.file).stem
     cells = list(itertools.product(study.backbones or (None,), study.seeds, study.arms))
-    for backbone, seed, arm in cells:  # a mistake in the last arm is better known before the first is trained
-        try:
-            check_pretrain(**study.settings(arm, backbone, seed))
-        except UserError as error:
-            raise UserError(f"{args.file}: arm {arm.name or arm.recipe}: {error}") from None
+    notes = _check(study, cells, args.file)  # a mistake in the last arm is better known before the first is trained
     status = 0
     for number, (backbone, seed, arm) in enumerate(cells, start=1):
-        name = model_name(study, arm.name or arm.recipe, backbone, seed)
+        name = model_name(study, arm.label, backbone, seed)
         print(f"\n[study] {number}/{len(cells)} {name}")
         checkpoint = pretrain(**study.settings(arm, backbone, seed), out=str(out / slug(name)), resume=True)
         measured = {
@@ -93,14 +117,72 @@ def run(args: argparse.Namespace) -> int:
             "data": study.eval_data,
             "data_root": study.data_root,
             "results": args.results,
+            "skip_unsuitable": True,  # arms differ in what they can do
         }
         status |= evaluate(model=str(checkpoint), name=name, **measured)
-        if study.random and arm is study.arms[-1]:
-            # The last arm's architecture: put one with a text tower there and the random row has every task.
-            random = model_name(study, "random", backbone, seed)
-            status |= evaluate(model=str(checkpoint), name=random, weights=f"random:{seed}", **measured)
+        for label, of in study.random_rows.items():
+            if of == arm.label:
+                random = model_name(study, label, backbone, seed)
+                status |= evaluate(model=str(checkpoint), name=random, weights=f"random:{seed}", **measured)
     print()
-    return status | leaderboard.run(argparse.Namespace(results=args.results, check=False))
+    status |= leaderboard.run(argparse.Namespace(results=args.results, check=False))
+    table = _table(study, args.results, notes)
+    write_text(out / TABLE, table)
+    print(f"\n{table}\n[study] {out / TABLE}")
+    return status
+
+
+def _check(study: Study, cells: Sequence[tuple[str | None, int, Arm]], file: str) -> list[str]:
+    """Refuse what ``pretrain`` or ``eval`` would; what there is to say of the budgets."""
+    from vlbench.core.paths import data_root
+    from vlbench.verbs.selection import select
+
+    budgets: dict[tuple[str, str], list[str]] = {}
+    for backbone, seed, arm in cells:
+        try:
+            config = check_pretrain(**study.settings(arm, backbone, seed))
+        except UserError as error:
+            raise UserError(f"{file}: arm {arm.label}: {error}") from None
+        if seed == study.seeds[0]:
+            tower = f"{config.visual.identity()} at {config.visual.image_size} px"
+            label = arm.label if len(study.backbones or ()) < 2 else f"{arm.label} on {backbone}"
+            budgets.setdefault((f"{config.steps * config.batch_size:,}", tower), []).append(label)
+    try:
+        root = Path(study.data_root).expanduser() if study.data_root else data_root()
+        select(study.tasks, data=[study.eval_data] if study.eval_data else [], root=root)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    if len(budgets) == 1:
+        ((images, tower),) = budgets
+        return [f"Every arm saw {images} images through {tower}."]
+    said = (f"{', '.join(names)}: {images} through {tower}" for (images, tower), names in budgets.items())
+    return [f"Images seen and image towers differ: {'; '.join(said)}."]
+
+
+def _table(study: Study, results: str, notes: Sequence[str]) -> str:
+    """All arms over their seeds, as Markdown."""
+    from vlbench.report.arms import Arm as Row
+    from vlbench.report.arms import arms_page
+    from vlbench.report.page import markdown
+    from vlbench.store.results import ResultStore
+    from vlbench.verbs.outcomes import outcomes_from, sound_results
+
+    store = ResultStore(results)
+    outcomes_of = outcomes_from(store)
+    labels = [*(arm.label for arm in study.arms), *study.random_rows]
+    rows = [
+        Row(_row_name(study, label, backbone), tuple(model_name(study, label, backbone, seed) for seed in study.seeds))
+        for backbone in study.backbones or (None,)
+        for label in labels
+    ]
+    names = {name for row in rows for name in row.models}
+    mine = [result for result in store.scan().results if result.model.name in names]
+    sound, problems = sound_results(mine, outcomes_of)
+    return markdown(arms_page(study.title, rows, sound, outcomes_of, notes=[*notes, *problems]))
+
+
+def _row_name(study: Study, label: str, backbone: str | None) -> str:
+    return f"{label}, {backbone}" if backbone and len(study.backbones or ()) > 1 else label
 
 
 def read_study(path: Path) -> Study:
