@@ -4,9 +4,9 @@ import argparse
 
 import pytest
 
-from tests.data.making import image_folder, write_files
+from tests.data.making import image_folder, png, write_files
 from vlbench.core.errors import UserError
-from vlbench.verbs.data import run_check, run_make
+from vlbench.verbs.data import run_check, run_make, run_vocab
 
 
 def check(spec: str, split: str | None = None) -> int:
@@ -67,3 +67,31 @@ def test_make_writes_a_world_that_check_accepts(tmp_path, capsys, monkeypatch):
         assert part in out
         assert check(f"shapes:{part}?root={tmp_path}/world&seed=1") == 0
     assert run_make(args) == 0  # a second call finds it there
+
+
+def test_vocab_writes_a_vocabulary_and_says_how_large_it_is(tmp_path, capsys):
+    from vlbench.data.vocabulary import Vocabulary
+
+    rows = [f"{i}.png\ta {word} square\n" for i, word in enumerate(["red", "blue"] * 9)]
+    write_files(tmp_path, {f"{i}.png": png(i) for i in range(18)})
+    (tmp_path / "list.csv").write_text("filepath\ttitle\n" + "".join(rows))
+    out = tmp_path / "new" / "words.model"
+
+    def args(size, language=None):
+        spec = [f"csv:{tmp_path / 'list.csv'}"]
+        return argparse.Namespace(spec=spec, out=str(out), size=size, language=language)
+
+    assert run_vocab(args(25)) == 0
+    said = capsys.readouterr().out
+    assert f"{out}: 25 pieces, 5 of them special, from 18 captions" in said
+    assert "note" not in said
+    assert run_vocab(args(10_000)) == 0
+    assert "note: 10,000 were asked for; these captions have no more different words" in capsys.readouterr().out
+    words = Vocabulary(out.read_bytes())
+    assert words.decode(words.encode("a red square")) == "a red square"
+    with pytest.raises(UserError, match=r"the captions of csv:\S+ in de: there is no text"):
+        run_vocab(args(25, ["de"]))
+    out.unlink()
+    out.mkdir()
+    with pytest.raises(UserError, match="a folder; name the file to write"):
+        run_vocab(args(25))

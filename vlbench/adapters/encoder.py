@@ -169,6 +169,61 @@ class Encoder:
                 self._require(self._texts, missing, ("embed",))
         return self._texts.gather(keys, ("embed",))["embed"]
 
+    def captions(self, source: Source) -> list[str]:
+        """What the backbone says of each image of ``source``, in its order; equal images are described once.
+
+        Captions are no features: they are kept with the results alone, and one process makes them all.
+
+        Raises:
+            BadExample: where an image cannot be read.
+            UserError: where the backbone gives another number of captions than images.
+        """
+        from vlbench.data.transforms import normalise
+
+        digests = self.image_digests(source)
+        first = {image: index for index, image in reversed(list(enumerate(digests)))}
+        queue = sorted(first, key=first.__getitem__)
+        said: list[str] = []
+        began = time.perf_counter()
+        for images_BCHW in self._pixels(source, [first[image] for image in queue]):
+            with self._mode():
+                pixels_BCHW = normalise(images_BCHW.to(self.device), self.backbone.card.preprocess)
+                found = self.backbone.describe(pixels_BCHW)
+            if len(found) != len(images_BCHW):
+                raise UserError(f"{self.backbone.card.id}: {len(found)} captions of {len(images_BCHW)} images")
+            said += found
+            if self.progress:
+                self.progress(len(said), len(queue))
+        self.stats.images_encoded += len(queue)
+        self.stats.image_seconds += time.perf_counter() - began
+        caption_of = dict(zip(queue, said, strict=True))
+        return [caption_of[image] for image in digests]
+
+    def match(
+        self, source: Source, indices: Sequence[int], texts: Sequence[Sequence[str]], *, features: str | None = None
+    ) -> list[np.ndarray]:
+        """``p(match)`` of the image at each index with each of its texts, float32, from the two read together.
+
+        Nothing is stored: a pair is asked for once. Every process of several does all of it.
+
+        Args:
+            source: the images, whose regions go along.
+            indices: which images.
+            texts: what each is compared with.
+            features: a file of region features, for models that read such instead of pixels.
+
+        Raises:
+            BadExample: where an image cannot be read.
+            UserError: where the model matches nothing, lacks the regions it reads, or gives what is no number.
+        """
+        from vlbench.adapters.common.pairs import match_scores
+
+        began = time.perf_counter()
+        found = match_scores(self, self._mode, source, indices, texts, features=features)
+        self.stats.images_encoded += len(indices)
+        self.stats.image_seconds += time.perf_counter() - began
+        return found
+
     def encode_images(self, source: Source, index_of: Mapping[str, int]) -> None:
         """Encode the images at ``index_of`` (digest → index) and append them, shard by shard, in the source's order."""
         queue = sorted(index_of, key=index_of.__getitem__)

@@ -28,8 +28,11 @@ if TYPE_CHECKING:  # never at run time: this module must load without torch
 
 RESULT_SCHEMA_VERSION: Final = 1
 
-Part: TypeAlias = Literal["image", "text", "label", "labels", "regions"]
-"""What an example may carry. ``labels`` is ``extra["labels"]``: int8 by class, 1 present, 0 absent, -1 not counted."""
+Part: TypeAlias = Literal["image", "text", "label", "labels", "regions", "question", "pair", "hypothesis", "expression"]
+"""What an example may carry. ``labels`` is ``extra["labels"]``: int8 by class, 1 present, 0 absent, -1 not counted.
+
+The last four are tasks on an image and a sentence (the readers ``vqa``, ``nlvr2``, ``snli_ve``, ``refcoco``). Sentences
+are no captions there, and labels no classes of an image: such a source provides neither ``text`` nor ``label``."""
 
 Provides: TypeAlias = Literal["pooled", "embed", "tokens", "maps", "text", "captions", "match"]
 """What a backbone may offer. The first four: see Features. ``text``: it embeds texts; ``captions``: it describes images
@@ -158,6 +161,9 @@ class Recipe(Protocol):
     """Config by preset name; every recipe has ``tiny`` and ``paper``."""
     needs: frozenset[Part]
     """The parts an example must have. A missing ``text`` may be made from the label by a prompt template."""
+
+    def needs_of(self, config: Any) -> frozenset[Part]:
+        """``needs`` under these settings: a variant may do without texts, say."""
 
     def learn_assets(self, config: Any, data: Any) -> dict[str, bytes]:
         """What must be made from the training data before training: a vocabulary, say. Usually nothing.

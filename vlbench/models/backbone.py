@@ -19,7 +19,7 @@ from torch import nn
 from vlbench.core.cards import ModelCard, Preprocess, TextSpec
 from vlbench.core.errors import UserError
 from vlbench.core.fingerprint import fingerprint
-from vlbench.core.types import Features, Provides
+from vlbench.core.types import Features, Provides, Region
 from vlbench.models.towers import VisualTower
 from vlbench.models.user_code import code_fingerprint, is_of_user
 
@@ -34,6 +34,8 @@ class TorchBackbone:
             module its forward. Where it takes a keyword ``dense``, that asks for tokens and maps.
         text_fn: ``tokens_BL`` to ``text_BE``.
         tokenizer: texts to ``tokens_BL``.
+        captions_fn: images to one caption each.
+        match_fn: images, texts, the image that each text is paired with, and the images' regions (or None), to ``p_M``.
     """
 
     def __init__(
@@ -44,9 +46,15 @@ class TorchBackbone:
         image_fn: Callable[..., Features | torch.Tensor] | None = None,
         text_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
         tokenizer: Callable[[Sequence[str]], torch.Tensor] | None = None,
+        captions_fn: Callable[[torch.Tensor], list[str]] | None = None,
+        match_fn: Callable[..., torch.Tensor] | None = None,
     ) -> None:
         assert (text_fn is None) == (tokenizer is None), "a text tower and its tokenizer come together"
         assert ("text" in card.provides) == (text_fn is not None), f"{card.id}: its card is wrong about text"
+        assert ("captions" in card.provides) == (captions_fn is not None), (
+            f"{card.id}: its card is wrong about captions"
+        )
+        assert ("match" in card.provides) == (match_fn is not None), f"{card.id}: its card is wrong about matching"
         self.card = card
         self.module = module
         if image_fn is None:
@@ -55,6 +63,8 @@ class TorchBackbone:
         self._takes_dense = "dense" in inspect.signature(image_fn).parameters
         self._text_fn = text_fn
         self._tokenizer = tokenizer
+        self._captions_fn = captions_fn
+        self._match_fn = match_fn
         self.built_by: Callable[..., Any] | None = None
         """The user's function that made it, where one did."""
         self.device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
@@ -90,6 +100,40 @@ class TorchBackbone:
             raise UserError(f"{self.card.id} has no text tower; it can be probed (linear, knn), not prompted")
         with _evaluation(self.module):
             return self._text_fn(self._tokenizer(texts).to(self.device)).float()
+
+    def describe(self, images_BCHW: torch.Tensor) -> list[str]:
+        """A caption for each of these preprocessed float images, the same whatever images stand beside it."""
+        if self._captions_fn is None:
+            raise UserError(f"{self.card.id} writes no captions; vlbench pretrain virtex trains a model that does")
+        with _evaluation(self.module):
+            return self._captions_fn(images_BCHW.to(self.device))
+
+    def match(
+        self,
+        images_BCHW: torch.Tensor,
+        texts: Sequence[str],
+        *,
+        image_of: Sequence[int] | None = None,
+        regions: Sequence[Sequence[Region]] | None = None,
+    ) -> torch.Tensor:
+        """``p_M``: the probability that image and text belong together, float32, of pairs that are read together.
+
+        Args:
+            images_BCHW: preprocessed float images.
+            texts: one of each pair.
+            image_of: index of the image of each pair; None: text i with image i.
+            regions: of each image, boxes in pixels of ``images_BCHW``; None where there are none.
+
+        Raises:
+            UserError: where the model matches nothing, or reads regions that are not there.
+        """
+        if self._match_fn is None:
+            raise UserError(f"{self.card.id} scores no pairs; vlbench pretrain muvla trains a model that does")
+        assert image_of is not None or len(texts) == len(images_BCHW), "a text for each image, or image_of"
+        with _evaluation(self.module):
+            images_BCHW = images_BCHW.to(self.device)
+            image_of_M = torch.arange(len(texts)) if image_of is None else torch.as_tensor(image_of, dtype=torch.long)
+            return self._match_fn(images_BCHW, texts, image_of_M, regions).float()
 
 
 def wrap(

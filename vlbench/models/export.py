@@ -5,17 +5,30 @@ Shapes: none; see backbone.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import nn
+
 from vlbench.core.cards import ModelCard, Preprocess
+from vlbench.core.errors import UserError
+from vlbench.core.types import Features
 from vlbench.models.backbone import TorchBackbone, count_params
-from vlbench.models.text import Tokenizer
+from vlbench.models.captioner import Captioner
+from vlbench.models.text import TextConfig, TextReader, Tokenizer
 from vlbench.models.towers import VisualTower
 from vlbench.models.two_tower import TwoTower
 
 
 def export_two_tower(
-    model: TwoTower, *, model_id: str, recipe: str, preprocess: Preprocess, **card: Any
+    model: TwoTower,
+    *,
+    model_id: str,
+    recipe: str,
+    preprocess: Preprocess,
+    tokenizer: TextReader | None = None,
+    **card: Any,
 ) -> TorchBackbone:
     """Both towers, sharing the model's weights.
 
@@ -24,9 +37,12 @@ def export_two_tower(
         model_id: the card's id.
         recipe: the recipe's name.
         preprocess: how images are prepared; it has the size that the model was trained at.
+        tokenizer: what its texts are read with; None: the one that its settings name.
         card: further fields of the card (pretrain_data, images_seen, seed, ...).
     """
-    spec = model.text_config.spec()
+    if tokenizer is None:
+        assert isinstance(model.text_config, TextConfig), "a learnt vocabulary comes with its tokenizer"
+        tokenizer = Tokenizer(model.text_config.spec())
     described = ModelCard(
         id=model_id,
         loader="native",
@@ -34,14 +50,14 @@ def export_two_tower(
         # The text tower belongs to the identity: its heads and activation leave no trace in the weights.
         arch=f"{model.visual.arch} + {model.text_config.identity()}",
         preprocess=preprocess,
-        text=spec,
+        text=tokenizer.spec,
         provides=model.visual.parts | {"embed", "text"},
         feature=model.visual.feature,
         params=count_params(model.visual),
         **card,
     )
     return TorchBackbone(
-        described, model, image_fn=model.image_features, text_fn=model.encode_text, tokenizer=Tokenizer(spec)
+        described, model, image_fn=model.image_features, text_fn=model.encode_text, tokenizer=tokenizer
     )
 
 
@@ -61,3 +77,81 @@ def export_visual(
         **card,
     )
     return TorchBackbone(described, tower)
+
+
+def export_captioner(
+    model: Captioner,
+    *,
+    captions_fn: Callable[[torch.Tensor], list[str]],
+    writes: str,
+    model_id: str,
+    recipe: str,
+    preprocess: Preprocess,
+    **card: Any,
+) -> TorchBackbone:
+    """An image tower with the head that trained it: the tower is what transfers, the head writes captions.
+
+    Args:
+        model: the trained model.
+        captions_fn: images to captions.
+        writes: what decides captions and leaves no trace in the weights: beams, vocabulary.
+        model_id: the card's id.
+        recipe: the recipe's name.
+        preprocess: how images are prepared; it has the size that the model was trained at.
+        card: further fields of the card (pretrain_data, images_seen, seed, ...).
+    """
+    described = ModelCard(
+        id=model_id,
+        loader="native",
+        recipe=recipe,
+        arch=f"{model.visual.arch} + captions({model.textual.size.identity()}, {writes})",
+        preprocess=preprocess,
+        provides=model.visual.parts | {"captions"},
+        feature=model.visual.feature,
+        params=count_params(model.visual),
+        **card,
+    )
+    return TorchBackbone(described, model, image_fn=model.visual.features, captions_fn=captions_fn)
+
+
+def export_matcher(
+    model: nn.Module,
+    *,
+    tower: VisualTower | None,
+    match: Callable[..., torch.Tensor] | None,
+    described: str,
+    model_id: str,
+    recipe: str,
+    preprocess: Preprocess,
+    **card: Any,
+) -> TorchBackbone:
+    """A model that reads image and text together, with the image tower that it has, if it has one.
+
+    Args:
+        model: the trained model; it holds the tower.
+        tower: what transfers; None where the image side is fixed features: then ``match`` is all that it offers.
+        match: see ``TorchBackbone``; None where no matching was trained.
+        described: the fusion part in words: what leaves no trace in the weights.
+        model_id: the card's id.
+        recipe: the recipe's name.
+        preprocess: how images are prepared; it has the size that the model was trained at.
+        card: further fields of the card (pretrain_data, images_seen, seed, ...).
+    """
+    described_card = ModelCard(
+        id=model_id,
+        loader="native",
+        recipe=recipe,
+        arch=f"{tower.arch if tower is not None else 'fixed region features'} + {described}",
+        preprocess=preprocess,
+        provides=(tower.parts if tower is not None else frozenset()) | ({"match"} if match is not None else set()),
+        feature=tower.feature if tower is not None else "none: region features are given",
+        params=count_params(tower) if tower is not None else 0,
+        **card,
+    )
+    return TorchBackbone(
+        described_card, model, image_fn=tower.features if tower is not None else _no_tower, match_fn=match
+    )
+
+
+def _no_tower(images_BCHW: torch.Tensor) -> Features:
+    raise UserError("this model reads fixed region features and has no image tower: it can match, not be probed")

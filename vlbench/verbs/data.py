@@ -1,4 +1,4 @@
-"""``vlbench data check SPEC`` and ``vlbench data make shapes DIR``."""
+"""``vlbench data check SPEC``, ``vlbench data make shapes DIR`` and ``vlbench data vocab SPEC --out FILE``."""
 
 from __future__ import annotations
 
@@ -52,6 +52,30 @@ def run_make(args: argparse.Namespace) -> int:
     print(f"{root}: the world {manifest['version']}, seed {manifest['seed']}")
     print("\n".join(f"  {what:<16}{count:,}" for what, count in manifest["sizes"].items()))
     print(f"read it with --data 'shapes:PART?root={root}&seed={args.seed}'")
+    return 0
+
+
+def run_vocab(args: argparse.Namespace) -> int:
+    """Learn a vocabulary from the captions of ``args.spec`` and write it."""
+    from vlbench.core.files import atomic_writer
+    from vlbench.data.sources import open_source
+    from vlbench.data.vocabulary import N_SPECIAL, Vocabulary, captions_of, learn_vocabulary
+
+    sources = [open_source(spec) for spec in args.spec]
+    languages = tuple(args.language or ("en",))
+    captions = list(captions_of(sources, languages))
+    where = f"the captions of {', '.join(args.spec)} in {', '.join(languages)}"
+    model = learn_vocabulary(captions, size=args.size, where=where)
+    out = Path(args.out).expanduser()
+    if out.is_dir():
+        raise UserError(f"--out {out}: a folder; name the file to write")
+    with atomic_writer(out) as handle:
+        handle.write(model)
+    size = len(Vocabulary(model))
+    print(f"{args.out}: {size:,} pieces, {N_SPECIAL} of them special, from {len(captions):,} captions")
+    if size < args.size:
+        print(f"note: {args.size:,} were asked for; these captions have no more different words")
+    print(f"use it with vlbench pretrain virtex --set vocabulary={args.out}")
     return 0
 
 
