@@ -290,12 +290,21 @@ def _data(sub: _Parser) -> None:
     make.add_argument("dir")
     make.add_argument("--seed", type=int, default=0)
     make.set_defaults(run="vlbench.verbs.data:run_make")
-    vocab = actions.add_parser("vocab", help="learn a vocabulary from captions, for virtex", allow_abbrev=False)
+    vocab = actions.add_parser(
+        "vocab", help="learn a vocabulary from captions, for virtex or align", allow_abbrev=False
+    )
     vocab.add_argument(
         "spec", nargs="+", help="data with captions, e.g. coco:DIR; the training split where there is one"
     )
-    vocab.add_argument("--out", required=True, metavar="FILE", help="a SentencePiece model, for --set vocabulary=FILE")
-    vocab.add_argument("--size", type=int, default=10_000, help="the most pieces (default: 10000)")
+    vocab.add_argument("--out", required=True, metavar="FILE")
+    vocab.add_argument(
+        "--kind",
+        choices=("sentencepiece", "wordpiece"),
+        default="sentencepiece",
+        help="sentencepiece: byte pairs, for virtex (default); wordpiece: as BERT's, for align",
+    )
+    vocab.add_argument("--size", type=int, help="the most pieces (default: the papers' 10000 and 100000)")
+    vocab.add_argument("--cased", action="store_true", help="wordpiece: keep capitals and accents")
     vocab.add_argument("--language", action="append", metavar="CODE", help="of the captions (default: en); repeat")
     vocab.set_defaults(run="vlbench.verbs.data:run_vocab")
     weak = actions.add_parser(

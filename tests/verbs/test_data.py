@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import re
 
 import pytest
 
@@ -77,9 +79,9 @@ def test_vocab_writes_a_vocabulary_and_says_how_large_it_is(tmp_path, capsys):
     (tmp_path / "list.csv").write_text("filepath\ttitle\n" + "".join(rows))
     out = tmp_path / "new" / "words.model"
 
-    def args(size, language=None):
+    def args(size, language=None, kind="sentencepiece"):
         spec = [f"csv:{tmp_path / 'list.csv'}"]
-        return argparse.Namespace(spec=spec, out=str(out), size=size, language=language)
+        return argparse.Namespace(spec=spec, out=str(out), size=size, language=language, kind=kind, cased=False)
 
     assert run_vocab(args(25)) == 0
     said = capsys.readouterr().out
@@ -91,6 +93,11 @@ def test_vocab_writes_a_vocabulary_and_says_how_large_it_is(tmp_path, capsys):
     assert words.decode(words.encode("a red square")) == "a red square"
     with pytest.raises(UserError, match=r"the captions of csv:\S+ in de: there is no text"):
         run_vocab(args(25, ["de"]))
+    assert run_vocab(args(20, kind="wordpiece")) == 0
+    said = capsys.readouterr().out
+    assert re.search(rf"{out}: \d+ pieces, 5 of them special, from 18 captions", said)
+    assert f"vlbench pretrain align --set vocabulary.file={out}" in said
+    assert json.loads(out.read_text())["model"]["type"] == "WordPiece"
     out.unlink()
     out.mkdir()
     with pytest.raises(UserError, match="a folder; name the file to write"):

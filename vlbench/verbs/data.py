@@ -65,17 +65,25 @@ def run_vocab(args: argparse.Namespace) -> int:
     languages = tuple(args.language or ("en",))
     captions = list(captions_of(sources, languages))
     where = f"the captions of {', '.join(args.spec)} in {', '.join(languages)}"
-    model = learn_vocabulary(captions, size=args.size, where=where)
+    if args.kind == "wordpiece":
+        from vlbench.data.wordpiece import SPECIAL, WordPieceTokenizer, train_wordpiece
+
+        wanted, special, setting = args.size or 100_000, len(SPECIAL), "align --set vocabulary.file"
+        model = train_wordpiece(captions, wanted, lower=not args.cased)
+        size = WordPieceTokenizer(model, context_length=3).size
+    else:
+        wanted, special, setting = args.size or 10_000, N_SPECIAL, "virtex --set vocabulary"
+        model = learn_vocabulary(captions, size=wanted, where=where)
+        size = len(Vocabulary(model))
     out = Path(args.out).expanduser()
     if out.is_dir():
         raise UserError(f"--out {out}: a folder; name the file to write")
     with atomic_writer(out) as handle:
         handle.write(model)
-    size = len(Vocabulary(model))
-    print(f"{args.out}: {size:,} pieces, {N_SPECIAL} of them special, from {len(captions):,} captions")
-    if size < args.size:
-        print(f"note: {args.size:,} were asked for; these captions have no more different words")
-    print(f"use it with vlbench pretrain virtex --set vocabulary={args.out}")
+    print(f"{args.out}: {size:,} pieces, {special} of them special, from {len(captions):,} captions")
+    if size < wanted:
+        print(f"note: {wanted:,} were asked for; these captions have no more different words")
+    print(f"use it with vlbench pretrain {setting}={args.out}")
     return 0
 
 
