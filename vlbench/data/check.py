@@ -84,7 +84,8 @@ class _Count:
         self.heights: list[int] = []
         self.lengths: list[int] = []
         self.regions = 0
-        self.first: dict[str, str] = {}
+        self.first: dict[str, tuple[str, object]] = {}
+        """By digest: the first example with this image, and which image of the data set it says it is about."""
         self.duplicates = Problem()
 
     def note(self, table: dict[str, Problem], kind: str, example: str) -> None:
@@ -93,9 +94,11 @@ class _Count:
     def add(self, example: Example) -> None:
         """One readable entry. Raises BadExample where its image cannot be decoded."""
         if example.image is not None:
-            self._image(example.image, example.id)
+            self._image(example.image, example.id, example.extra.get("image_key"))
         elif "image" in self.source.provides:
             raise BadExample("missing image", example.id, "this example has no image")
+        if "pair" in self.source.provides and isinstance(example.extra.get("right"), bytes):
+            self._image(example.extra["right"], f"{example.id} (right)", (example.extra.get("image_key"), "right"))
         if "text" in self.source.provides and not any(example.texts.values()):
             self.note(self.missing, "text", example.id)
         if "label" in self.source.provides and example.label is None:
@@ -112,7 +115,10 @@ class _Count:
             self.lengths += [len(text) for text in texts]
         self.regions += len(example.regions)
 
-    def _image(self, data: bytes, name: str) -> None:
+    def _image(self, data: bytes, name: str, key: object) -> None:
+        content = digest(data)
+        if key is not None and content in self.first and self.first[content][1] == key:
+            return  # another question about one image: seen, and no duplicate
         info = inspect(data, name)
         decode(data, where=name)
         self.modes[info.mode] += 1
@@ -121,7 +127,7 @@ class _Count:
         self.heights.append(info.height)
         if info.note:
             self.notes.update(info.note.split("; "))
-        first = self.first.setdefault(digest(data), name)
+        first, _ = self.first.setdefault(content, (name, key))
         if first is not name:
             self._add(self.duplicates, f"{name} = {first}")
 

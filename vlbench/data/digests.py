@@ -39,6 +39,10 @@ def source_fingerprint(source: Source) -> str:
     return digest_all(content_digests(source).examples)
 
 
+_SAID = ("question", "answers", "answer_type", "question_type", "right", "target", "group")
+"""What an example of a task on an image and a sentence says in ``extra`` that decides a number."""
+
+
 @dataclass(frozen=True)
 class _Content:
     """Digests of a source in its order: of each image's bytes, and of each whole example."""
@@ -55,7 +59,7 @@ def content_digests(source: Source) -> _Content:
         for index in range(len(source)):
             example = source[index]
             images.append(digest(example.image) if example.image is not None else None)
-            examples.append(example_digest(example, source.classes, image=images[-1]))
+            examples.append(example_digest(example, source.classes, image=images[-1], extra=_extra_of(source)))
         known = _Content(tuple(images), tuple(examples))
         # A source of the user's own may have no room for it; then it is read again each time.
         with contextlib.suppress(AttributeError):
@@ -63,8 +67,13 @@ def content_digests(source: Source) -> _Content:
     return known
 
 
-def example_digest(example: Example, classes: Sequence[str] | None, *, image: str | None) -> str:
-    """The digest of everything that an example says, its id left out; ``image`` is the digest of its image."""
+def example_digest(
+    example: Example, classes: Sequence[str] | None, *, image: str | None, extra: Sequence[str] = ()
+) -> str:
+    """The digest of everything that an example says, its id left out.
+
+    ``image`` is the digest of its image, ``extra`` the keys of its ``extra`` that count.
+    """
     label: Any = None
     if example.label is not None:
         label = classes[example.label] if classes is not None else example.label
@@ -77,7 +86,13 @@ def example_digest(example: Example, classes: Sequence[str] | None, *, image: st
         ],
         "labels": _named_labels(example.extra.get("labels"), classes),
     }
+    more = {key: example.extra[key] for key in extra if key in example.extra}
+    said |= {key: digest(value) if isinstance(value, bytes) else _plain(value) for key, value in more.items()}
     return digest(canonical_json(said).encode("utf-8", "surrogatepass"))
+
+
+def _extra_of(source: Source) -> Sequence[str]:
+    return _SAID if source.provides & {"question", "pair", "expression"} else ()
 
 
 def _named_labels(labels: Any, classes: Sequence[str] | None) -> Any:
