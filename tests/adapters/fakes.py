@@ -8,7 +8,7 @@ import numpy as np
 
 from vlbench.adapters.encoder import ImageFeatures
 from vlbench.core.fingerprint import digest
-from vlbench.core.types import Example
+from vlbench.core.types import Example, Region
 
 
 class FakeSource:
@@ -23,8 +23,10 @@ class FakeSource:
         classes: Sequence[str] | None = None,
         texts: Sequence[Mapping[str, tuple[str, ...]]] | None = None,
         ids: Sequence[str] | None = None,
+        regions: Sequence[tuple[Region, ...]] | None = None,
     ) -> None:
         self.spec, self.split = "fake:data", split
+        self.regions = regions
         self.images = list(images)
         self._labels = None if labels is None else [int(label) for label in labels]
         self.classes = None if classes is None else tuple(classes)
@@ -43,6 +45,7 @@ class FakeSource:
             image=self.images[index],
             label=None if self._labels is None else self._labels[index],
             texts={} if self.texts is None else self.texts[index],
+            regions=() if self.regions is None else self.regions[index],
         )
 
     def ids(self) -> list[str]:
@@ -92,6 +95,25 @@ class FakeEncoder:
             embed_NE=np.stack([self.embed(image) for image in source.images]).astype(np.float32),
         )
 
+    def image_digests(self, source: FakeSource) -> list[str]:
+        return [digest(image) for image in source.images]
+
+    def captions(self, source: FakeSource) -> list[str]:
+        return [spoken(self.embed(image)) for image in source.images]
+
+    def match(
+        self, source: FakeSource, indices: Sequence[int], texts: Sequence[Sequence[str]], *, features: str | None = None
+    ) -> list[np.ndarray]:
+        """The cosine of image and text through a steep sigmoid: a half at 0.8."""
+        assert self.text is not None
+        found = []
+        for index, row in zip(indices, texts, strict=True):
+            image, words = self.embed(source.images[index]), np.stack([self.text(text) for text in row])
+            length = np.linalg.norm(image) * np.linalg.norm(words, axis=1)
+            cosine = words @ image / np.where(length > 0, length, 1.0)
+            found.append((1 / (1 + np.exp(-40 * (cosine - 0.8)))).astype(np.float32))
+        return found
+
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         self.text_calls.append(list(texts))
         assert self.text is not None
@@ -102,6 +124,15 @@ def noise_of(key: bytes | str, width: int, salt: str = "") -> np.ndarray:
     """Gaussian noise that depends on ``key`` alone."""
     data = key if isinstance(key, bytes) else key.encode()
     return np.random.default_rng(int(digest(data + salt.encode())[:16], 16)).standard_normal(width)
+
+
+def spoken(vector_D: np.ndarray) -> str:
+    """A sentence of five words that says where a vector points: each names the signs of two coordinates.
+
+    Few enough different words that sentences about different images have some in a row in common.
+    """
+    signs = ["nw" if value > 0 else "se" for value in vector_D[:10]]
+    return " ".join(f"{place}{a}{b}" for place, a, b in zip("vwxyz", signs[::2], signs[1::2], strict=True))
 
 
 def labelled(split: str, labels: Sequence[int], classes: Sequence[str]) -> FakeSource:

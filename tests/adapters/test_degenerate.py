@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from tests.adapters import multilabel_fakes
-from tests.adapters.fakes import FakeData, FakeEncoder, FakeSource, label_in, labelled, noise_of
+from tests.adapters.fakes import FakeData, FakeEncoder, FakeSource, label_in, labelled, noise_of, spoken
 from vlbench.core.catalog import ADAPTERS
+from vlbench.core.types import Region
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen")
 WIDTH = 16
@@ -54,10 +55,24 @@ def _caption_data() -> FakeData:
     return FakeData({"test": FakeSource(images, split="test", texts=texts)})
 
 
+def _matched_data() -> FakeData:
+    """Captions that name their image's largest object, of which there are eight kinds."""
+    images = [f"image/{i}".encode() for i in range(N_IMAGES)]
+    texts = [{"en": (f"{CLASSES[i % 8]} in picture {i}",)} for i in range(N_IMAGES)]
+    regions = [(Region("fly", (0, 0, 2, 2)), Region(CLASSES[i % 8], (3, 3, 30, 30))) for i in range(N_IMAGES)]
+    return FakeData({"test": FakeSource(images, split="test", texts=texts, regions=regions)})
+
+
 def _caption_oracle() -> FakeEncoder:
     return FakeEncoder(
         lambda data: noise_of(data.rsplit(b"/", 1)[1], WIDTH), text=lambda text: noise_of(text.rsplit(" ", 1)[1], WIDTH)
     )
+
+
+def _described_data() -> FakeData:
+    images = [f"image/{i}".encode() for i in range(N_IMAGES)]
+    said = [spoken(noise_of(str(i), WIDTH)) for i in range(N_IMAGES)]
+    return FakeData({"test": FakeSource(images, split="test", texts=[{"en": (text, f"{text} too")} for text in said])})
 
 
 AUDITS = {
@@ -73,6 +88,8 @@ AUDITS = {
     "fewshot_multilabel": Audit(multilabel_fakes.multilabel_data, multilabel_fakes.multilabel_oracle),
     "elevater_probe": Audit(_class_data, _class_oracle, optimistic=("acc1_best_on_test", "best_on_test_gap")),
     "clip_benchmark_probe": Audit(_class_data, _class_oracle),
+    "matching": Audit(_matched_data, _caption_oracle),
+    "captioning": Audit(_described_data, _caption_oracle, pessimistic=True),
 }
 """Every adapter, on data that it is made for."""
 AUDITS_OF_VARIANTS = {

@@ -270,6 +270,7 @@ def prompt_lines(name: str) -> tuple[str, ...]:
 
 _INHERITED = ("data", "splits", "metric", "chance", "prompts", "how_to_get")
 _KIND_TITLES = {
+    "captioning": "captions",
     "zeroshot": "zero-shot",
     "linear": "linear probe",
     "knn": "nearest neighbours",

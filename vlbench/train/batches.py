@@ -35,6 +35,7 @@ Item: TypeAlias = tuple[Sample, tuple[BadExample, ...]]
 
 _PREFETCH = 4  # batches that each loader process keeps ready
 _ALONE = Ranks()
+_QUESTIONS = frozenset({"question", "pair", "hypothesis", "expression"})
 
 
 def open_mixture(recipe: Recipe, config: PretrainConfig, *, here: Ranks = _ALONE) -> Mixture:
@@ -51,6 +52,8 @@ def open_mixture(recipe: Recipe, config: PretrainConfig, *, here: Ranks = _ALONE
     sources = [open_source(spec) for spec in specs]
     needs, learner = recipe.needs_of(config), _learner(recipe, config)
     for source in sources:
+        if source.provides & _QUESTIONS:
+            raise UserError(f"data {source.spec!r} asks about images; nothing is pretrained on that: leave it out")
         if "label" in needs and not source.classes:
             rest = [f"--data {text}" for text, other in zip(config.data, sources) if other.classes]
             raise UserError(

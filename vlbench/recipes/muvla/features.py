@@ -1,0 +1,61 @@
+"""Fixed region features as mu-VLA's samples: the paper's mode, in which no pixel is read in training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vlbench.core.errors import BadExample, UserError
+from vlbench.core.types import Source
+from vlbench.data.regions.open import open_regions
+from vlbench.data.weak.corpus import Corpus
+from vlbench.recipes.muvla.batch import View
+
+
+def features_of(config: Any, corpus: Corpus | None) -> Callable[[str], View]:
+    """The regions of an image by its id: boxes relative to the whole image, and the leading numbers of each feature.
+
+    Where the file names no classes, the corpus's tags are the regions'.
+    """
+    store = open_regions(config.features)
+    width = config.feature_width
+
+    def view(image_id: str) -> View:
+        try:
+            found = store[image_id]
+        except KeyError as error:
+            raise UserError(str(error.args[0])) from None
+        except BadExample as error:
+            raise UserError(f"{error}; extract it anew, or leave the image out of the data") from None
+        if found.features_ND.shape[1] < width:
+            raise UserError(
+                f"{config.features}: the features of {image_id!r} have {found.features_ND.shape[1]} numbers, not "
+                f"{width}; set feature_width"
+            )
+        tags = list(found.tags)
+        if not tags and corpus is not None:
+            tags = list(corpus.tags(image_id))
+            if len(tags) != len(found):
+                raise UserError(
+                    f"{corpus.path}: {len(tags)} tags of image {image_id!r}, which has {len(found)} regions in "
+                    f"{config.features}: they were made of different detections"
+                )
+        tags = tags or [""] * len(found)  # no class: nothing to read, and no label
+        return View(found.boxes_N4, found.box_vectors(), tags, [], found.features_ND[:, :width])
+
+    return view
+
+
+def check_features(config: Any, sources: Sequence[Source]) -> list[str]:
+    """All tags in the file of features, having seen that every image of the data is there.
+
+    Raises:
+        UserError: naming the first image without features.
+    """
+    store = open_regions(config.features)
+    missing = [image for source in sources for image in source.ids() if image not in store]
+    if missing:
+        raise UserError(
+            f"{config.features}: {len(missing)} images of the data have no features there, first {missing[0]!r}"
+        )
+    return sorted({tag for image in store.ids() for tag in store[image].tags})

@@ -1,0 +1,208 @@
+"""What mu-VLA trains: the stream, its heads, and (our adaptation) a tower that gives the regions' features.
+
+One call makes everything that the losses of a batch need, so that distributed training sees every parameter used.
+Heads read only the places that are masked; where a batch has none, they read nothing and their gradient is zero.
+
+Shapes: B batch, L words, R regions, F width of a region's feature, M places that a head reads, V words, T tags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from vlbench.models.roi import RegionTower, blank
+from vlbench.models.single_stream import IGNORED, Heads, Regions, SingleStream, StreamConfig
+from vlbench.recipes.muvla.batch import Objective
+
+Batch = Mapping[str, torch.Tensor]
+
+
+class Read(NamedTuple):
+    """What a head says of the places that it reads."""
+
+    predicted_MX: torch.Tensor
+    target_M: torch.Tensor
+    """Classes; of MRFR the features, ``(M, F)``."""
+    row_M: torch.Tensor
+    """The example that a place belongs to."""
+
+
+class RegionTextModel(nn.Module):
+    """Tower, stream and heads.
+
+    Args:
+        stream: sizes of the transformer.
+        objectives: what is trained; nothing is built that they do not use.
+        words: the vocabulary's size.
+        tags: classes of regions.
+        visual: where region features come from; None: from the batch.
+        feature_width: F, where they come from the batch.
+        regress: whether RT regresses features (MRFR).
+        image_token: whether the tower's pooled feature is a token of its own.
+        mask_pixels: whether the tower sees masked regions blanked out.
+        classify: whether the tower's features alone are to name each region's tag, as a detector's are.
+    """
+
+    def __init__(
+        self,
+        stream: StreamConfig,
+        *,
+        objectives: Sequence[Objective],
+        words: int,
+        tags: int,
+        visual: RegionTower | None,
+        feature_width: int,
+        regress: bool = False,
+        image_token: bool = False,
+        mask_pixels: bool = False,
+        classify: bool = False,
+    ) -> None:
+        super().__init__()
+        self.objectives = tuple(objectives)
+        self.visual = visual
+        self.mask_pixels = mask_pixels
+        width = visual.width if visual is not None else feature_width
+        # One name for all that reads words: presets may train it at another rate than the tower.
+        self.text_stream = SingleStream(
+            stream,
+            words=words,
+            feature_width=width,
+            image_width=visual.tower.width if visual is not None and image_token else None,
+            sentences="rn" in objectives or "is" in objectives,
+            tags="rt" in objectives,
+        )
+        self.detector = nn.Linear(width, tags) if visual is not None and classify else None
+        self.text_heads = Heads(
+            stream.width,
+            words=words,
+            tags=tags if "rt" in objectives else None,
+            feature_width=width if regress and "rt" in objectives else None,
+            match="is" in objectives,
+            init_std=stream.init_std,
+        )
+
+    def forward(self, batch: Batch, images_BCHW: torch.Tensor | None = None) -> dict[str, Read]:
+        """All predictions of a batch by name; ``match`` and ``rn_match`` hold the logits of each row's pair."""
+        regions = self._regions(batch, images_BCHW)
+        found: dict[str, Read] = {}
+        if self.detector is not None:
+            # The last objective's regions: IS sees all pixels, where masked ones are blanked out for others.
+            features_BRF = regions[self.objectives[-1]].features_BRF
+            known_BR = batch["valid_BR"] & (batch["tags_BR"] != IGNORED)
+            found["roi_tags"] = Read(self.detector(features_BRF[known_BR]), batch["tags_BR"][known_BR], _rows(known_BR))
+        if "rt" in regions:
+            found |= self._tags(batch, regions["rt"])
+        if "rn" in regions:
+            found |= self._phrases(batch, regions["rn"])
+        if "is" in regions:
+            found |= self._pairs(batch, regions["is"])
+        return found
+
+    def hidden(
+        self, regions: Regions, words_BL: torch.Tensor, *, tags: torch.Tensor | None, zeroed_BR: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The stream's outputs ``hidden_BLD`` at words and ``hidden_BRD`` at regions.
+
+        Args:
+            regions: the image side.
+            words_BL: of a sentence, or of tags.
+            tags: for tags, the box of each word's region, ``(B, L, 5)``; None for a sentence.
+            zeroed_BR: regions whose feature is not seen.
+        """
+        stream = self.text_stream
+        text_BLD = stream.embed_sentence(words_BL) if tags is None else stream.embed_tags(words_BL, tags)
+        region_BRD, valid_BR = stream.embed_regions(regions, zeroed_BR)
+        return stream(text_BLD, words_BL != 0, region_BRD, valid_BR)
+
+    def match_logits(self, regions: Regions, words_BL: torch.Tensor) -> torch.Tensor:
+        """``logits_B2`` of pairs of an image and a sentence, nothing masked."""
+        hidden_BLD, _ = self.hidden(regions, words_BL, tags=None, zeroed_BR=None)
+        return self.text_heads.match(hidden_BLD[:, 0])
+
+    def read_regions(self, box_BR5: torch.Tensor, valid_BR: torch.Tensor, **given: torch.Tensor) -> Regions:
+        """Regions from images and boxes in their pixels, or (no tower) from features."""
+        if self.visual is None:
+            return Regions(given["features_BRF"], box_BR5, valid_BR)
+        features_BRF, pooled_BP = self.visual(given["images_BCHW"], given["boxes_BR4"])
+        return Regions(features_BRF, box_BR5, valid_BR, pooled_BP if self.text_stream.image is not None else None)
+
+    def _regions(self, batch: Batch, images_BCHW: torch.Tensor | None) -> dict[Objective, Regions]:
+        """The image side of each objective. They share it, unless masked regions are blanked out."""
+        box_BR5, valid_BR = batch["box_BR5"], batch["valid_BR"]
+        if self.visual is None:
+            regions = self.read_regions(box_BR5, valid_BR, features_BRF=batch["features_BRF"])
+            return dict.fromkeys(self.objectives, regions)
+        assert images_BCHW is not None, "a tower reads images"
+        boxes_BR4 = batch["boxes_BR4"]
+        if not self.mask_pixels:
+            regions = self.read_regions(box_BR5, valid_BR, images_BCHW=images_BCHW, boxes_BR4=boxes_BR4)
+            return dict.fromkeys(self.objectives, regions)
+        views = [
+            blank(images_BCHW, boxes_BR4, batch[f"{name}_zeroed"]) if name != "is" else images_BCHW
+            for name in self.objectives
+        ]
+        features, pooled = self.visual(torch.cat(views), boxes_BR4.repeat(len(views), 1, 1))
+        whole = pooled if self.text_stream.image is not None else None
+        return {
+            name: Regions(
+                features.chunk(len(views))[number],
+                box_BR5,
+                valid_BR,
+                None if whole is None else whole.chunk(len(views))[number],
+            )
+            for number, name in enumerate(self.objectives)
+        }
+
+    def _tags(self, batch: Batch, regions: Regions) -> dict[str, Read]:
+        """RT: MLM of tags, MRC, MRFR."""
+        words_BL, masked_BR = batch["rt_words"], batch["rt_masked"] & batch["valid_BR"]
+        box_BL5 = regions.box_BR5.gather(1, batch["rt_owners"][..., None].expand(-1, -1, 5))
+        text, places = self.hidden(regions, words_BL, tags=box_BL5, zeroed_BR=batch["rt_zeroed"])
+        places = places[:, : masked_BR.shape[1]]
+        found = {"rt_words": self._words(text, batch["rt_labels"])}
+        assert self.text_heads.tag is not None, "built for RT"
+        known_BR = masked_BR & (batch["tags_BR"] != IGNORED)
+        found["rt_tags"] = Read(self.text_heads.tag(places[known_BR]), batch["tags_BR"][known_BR], _rows(known_BR))
+        if self.text_heads.feature is not None:
+            # The target is the feature as it came, not the zeros that the stream was shown.
+            target = regions.features_BRF[masked_BR].detach()
+            found["rt_features"] = Read(self.text_heads.feature(places[masked_BR]), target, _rows(masked_BR))
+        return found
+
+    def _phrases(self, batch: Batch, regions: Regions) -> dict[str, Read]:
+        """RN: MLM of noun phrases; p-MRTC, which reads a word of the linked phrase off a masked region."""
+        text, places = self.hidden(regions, batch["rn_words"], tags=None, zeroed_BR=batch["rn_zeroed"])
+        labels_BR = batch["rn_region_labels"]
+        found = {
+            "rn_words": self._words(text, batch["rn_labels"]),
+            "rn_regions": self._words(places[:, : labels_BR.shape[1]], labels_BR),
+        }
+        if self.text_heads.matches is not None:
+            with torch.no_grad():  # only weighs the pairs
+                found["rn_match"] = _pairs(self.text_heads.match(text[:, 0]), torch.ones_like(labels_BR[:, 0]))
+        return found
+
+    def _pairs(self, batch: Batch, regions: Regions) -> dict[str, Read]:
+        """IS: MLM and ITM."""
+        text, _ = self.hidden(regions, batch["is_words"], tags=None, zeroed_BR=None)
+        return {
+            "is_words": self._words(text, batch["is_labels"]),
+            "match": _pairs(self.text_heads.match(text[:, 0]), batch["is_match"].long()),
+        }
+
+    def _words(self, hidden_BLD: torch.Tensor, labels_BL: torch.Tensor) -> Read:
+        read_BL = labels_BL != IGNORED
+        logits_MV = self.text_heads.words(hidden_BLD[read_BL], self.text_stream.word.weight)
+        return Read(logits_MV, labels_BL[read_BL], _rows(read_BL))
+
+
+def _rows(read_BX: torch.Tensor) -> torch.Tensor:
+    return read_BX.nonzero()[:, 0]
+
+
+def _pairs(logits_B2: torch.Tensor, match_B: torch.Tensor) -> Read:
+    return Read(logits_B2, match_B, torch.arange(len(match_B), device=match_B.device))
