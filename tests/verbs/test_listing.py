@@ -43,7 +43,7 @@ def test_show_dataset_gives_prompts_and_tasks(capsys: pytest.CaptureFixture[str]
     out = capsys.readouterr().out
     assert "# 80 templates in prompts/imagenet80.txt" in out
     assert "n01440764 = tench" in out
-    assert "# 1 task: zeroshot/imagenet_a" in out
+    assert "# 3 tasks: knn/imagenet_a, linear/imagenet_a, zeroshot/imagenet_a" in out
     with pytest.raises(UserError, match="unknown dataset 'objectne'; did you mean 'objectnet'"):
         run_show(argparse.Namespace(what="dataset", name="objectne"))
 
