@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.train.conftest import on_ranks
 from vlbench.train.distributed import gather_constant, ranks, session
 from vlbench.train.losses import (
+    _soft_cross_entropy,
     align_loss,
     clip_loss,
     cross_entropy,
@@ -149,6 +150,19 @@ def test_align_loss_without_smoothing_is_twice_clips() -> None:
     image, text = unit(14), unit(15)
     assert align_loss(image, text, 1 / 16, 0.0).item() == pytest.approx(2 * clip_loss(image, text, 16.0).item())
     assert align_loss(image, text, 1 / 16).item() == align_loss(image, text, 1 / 16, 0.1).item()
+
+
+def test_align_loss_floor_at_the_papers_batch() -> None:
+    """A few rows of the 16,384: equal gaps between all of them would take as many dimensions."""
+    n = 16_384
+    q_pos, q_neg = 0.9 + 0.1 / n, 0.1 / n
+    positives = torch.eye(8, n, dtype=torch.bool)
+    at = [
+        float(_soft_cross_entropy(gap * positives.double(), positives, 0.1))
+        for gap in (math.log(q_pos / q_neg), 11.5, 12.5)
+    ]
+    assert at[0] == pytest.approx(1.295, abs=5e-4)
+    assert at[0] < min(at[1:])
 
 
 @pytest.mark.parametrize(("n", "floor"), [(256, 0.876), (1024, 1.017)])

@@ -250,7 +250,7 @@ def test_pretrain_killed_and_resumed_gives_the_same_bits(data: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["clip", "unicl"])
+@pytest.mark.parametrize("recipe", ["supervised", "clip", "align", "unicl", "virtex", "muvla"])
 def test_pretrain_killed_at_five_random_moments_gives_the_same_weights(recipe: str) -> None:
     words = [recipe, "--steps", "60", "--checkpoint-every", "10", "--seed", "3", "--set", "log_every=1"]
     subprocess.run(command(*words, "--out", "whole"), check=True, capture_output=True)
