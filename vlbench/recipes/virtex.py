@@ -56,11 +56,7 @@ class VirtexConfig(PretrainConfig):
     """VirTex's settings."""
 
     variant: Literal["bicaptioning", "captioning", "token_classification", "multilabel", "masked_lm"] = Field(
-        default="bicaptioning",
-        description="bicaptioning: captions written in both directions; captioning: left to right alone; "
-        "token_classification: the set of a caption's tokens from the pooled feature; multilabel: the categories of "
-        "the image's regions (those that the crop has left; the released code takes all of the image's); masked_lm: "
-        "masked tokens, seen from both sides",
+        default="bicaptioning", description="what is learnt of a caption, or of regions: see the recipe's variants"
     )
     head: str = Field(
         default="L1_H2048",
@@ -220,6 +216,14 @@ class Virtex(BaseRecipe):
     Config = VirtexConfig
     presets: Mapping[str, Any] = PRESETS
     needs: frozenset[Part] = frozenset({"image", "text"})
+    variants: Mapping[str, str] = {
+        "bicaptioning": "captions written left to right and right to left",
+        "captioning": "left to right alone",
+        "token_classification": "the set of a caption's tokens, from the pooled feature",
+        "multilabel": "the categories of the image's regions, of those that the crop has left (the released code takes "
+        "all of the image's)",
+        "masked_lm": "masked tokens, seen from both sides",
+    }
 
     def __init__(self, assets: Mapping[str, bytes] | None = None) -> None:
         assets = assets or {}
@@ -321,7 +325,8 @@ class Virtex(BaseRecipe):
         """The tower; where the head can write, ``describe`` too, so that one can see what it has learnt."""
         common = {
             "model_id": self.name,
-            "recipe": self.name,
+            # Models of two variants are no seeds of one: reports group by this.
+            "recipe": self.name if config.variant == "bicaptioning" else f"{self.name} ({config.variant})",
             "preprocess": config.preprocess(),
             "pretrain_data": config.data,
         }

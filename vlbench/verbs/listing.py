@@ -27,7 +27,6 @@ from vlbench.core.errors import UserError
 from vlbench.core.names import unknown
 from vlbench.core.paths import data_root
 from vlbench.core.registry import Registry
-from vlbench.verbs.pretrain import variants_of
 
 
 def run_list(args: argparse.Namespace) -> int:
@@ -144,6 +143,8 @@ def _show_prompts(card: TaskCard | DatasetCard) -> None:
 
 
 def _show_recipe(name: str) -> None:
+    from vlbench.verbs.pretrain import variants_of  # it imports the embedded world, which takes longer than any list
+
     recipe = catalog.RECIPES.get(name)
     module = inspect.getmodule(type(recipe))
     print(f"{name}: {inspect.getdoc(module) or ''}\n")
