@@ -22,6 +22,7 @@ from torch import nn
 from vlbench.core.cards import TextSpec
 from vlbench.core.config import Config
 from vlbench.core.errors import UserError
+from vlbench.models.byte_pairs import BytePairs
 from vlbench.models.loaders.shared import TOKENIZER_PACKAGES, hub_offline_without_network, quiet_logging
 
 _LENGTH_STEP = 16
@@ -182,12 +183,15 @@ class Tokenizer:
     def _encoder(self) -> Any:
         return _named_encoder(self.spec.tokenizer, self._place) if self._place else _byte_pair_encoder()
 
+    @cached_property
+    def _byte_pairs(self) -> BytePairs:
+        return BytePairs(self._encoder)
+
     def _tokens(self, text: str) -> tuple[int, ...]:
         found = self._known.get(text)
         if found is None:
-            # The byte-pair merges are pure Python: a few thousand texts a second.
             encoder = self._encoder
-            ids = [encoder.sot_token_id, *encoder.encode(text), encoder.eot_token_id]
+            ids = [encoder.sot_token_id, *self._byte_pairs(text), encoder.eot_token_id]
             if len(ids) > self.spec.context_length:
                 ids = [*ids[: self.spec.context_length - 1], encoder.eot_token_id]
             found = tuple(ids)
