@@ -101,18 +101,18 @@ def test_search_of_the_whole_grid_takes_the_best_of_all_its_values() -> None:
 
 
 def test_search_of_the_whole_grid_keeps_to_the_settings_of_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, follow = [], SoftmaxRegression.follow
+    asked, path = [], SoftmaxRegression.path
 
-    def note(self, **options):
+    def note(self, cs, **options):
         asked.append(options)
-        return follow(self, **options)
+        return path(self, cs, **options)
 
-    monkeypatch.setattr(SoftmaxRegression, "follow", note)
+    monkeypatch.setattr(SoftmaxRegression, "path", note)
     ADAPTER.predict(_encoder(), _data(), ADAPTER.Config(search="grid", c_grid=(0.1, 1.0, 10.0)))
-    assert asked[0] == {"tolerance": pytest.approx(1e-7), "max_iterations": 1000, "precise": False}
+    assert asked[0] == {"tolerance": pytest.approx(1e-7), "max_iterations": 1000}
     settings = {"search_tolerance": 1e-6, "max_iterations": 1}
     rows = ADAPTER.predict(_encoder(), _data(), ADAPTER.Config(search="grid", c_grid=(0.1, 1.0, 10.0), **settings))
-    assert asked[1] == {"tolerance": pytest.approx(1e-11), "max_iterations": 1, "precise": False}
+    assert asked[1] == {"tolerance": pytest.approx(1e-11), "max_iterations": 1}
     assert "3 of 3 fits of the path did not converge" in rows.meta["notes"]
 
 

@@ -5,10 +5,8 @@ training images held out by class and by content. The classifier is then fitted 
 together, and the test split is looked at once.
 
 The search is the paper's: C in [1e-6, 1e6], 96 steps on a log scale, first every sixteenth, then half-way round the
-best until neighbours are one step apart. ``search: grid`` tries every value instead. Either way one regularisation
-path is followed (``common.softmax_path``): in float64 for the paper's search, whose choice must not hang on rounding,
-in float32 for a whole grid. The classifier that is reported is a fit of its own, in float64. C is scikit-learn's, on
-features divided by one number (``common.softmax_regression``).
+best until neighbours are one step apart. ``search: grid`` tries every value instead, along one regularisation path
+(``common.softmax_path``). C is scikit-learn's, on features divided by one number (``common.softmax_regression``).
 
 Shape suffixes: N examples, D pooled width, C classes.
 """
@@ -59,8 +57,8 @@ class Config(BaseConfig):
     search_tolerance: float = Field(
         default=1e-4,
         gt=0,
-        description="largest gradient entry while C is searched: ten times its square is the share of the objective "
-        "that a fit of the path may leave",
+        description="largest gradient entry while C is searched; of `search: grid` ten times its square is the share "
+        "of the objective that a fit may leave",
     )
 
     @property
@@ -160,33 +158,39 @@ def search_c(
         ``unconverged`` (how many fits of a path were given up on).
     """
     grid = np.logspace(np.log10(config.c_low), np.log10(config.c_high), config.c_steps + 1)
-    if config.search == "grid" and config.c_grid:
-        grid = np.unique(config.c_grid)
-    everything = config.search == "grid"
-    options = {"tolerance": config.path_tolerance, "max_iterations": config.max_iterations}
-    follow = problem.follow(**options, precise=not everything)
-    unconverged = 0
+    if config.search == "grid":
+        grid = np.unique(config.c_grid) if config.c_grid else grid
+        path = problem.path(grid, tolerance=config.path_tolerance, max_iterations=config.max_iterations)
+        judged = [(_quality(fit.logits(val_ND), val_labels_N), fit.converged) for fit in path]
+        chosen = max(range(len(grid)), key=lambda index: (judged[index][0], -index))
+        return {
+            "c": float(grid[chosen]),
+            "val_accuracy": judged[chosen][0][0],
+            "edge": len(grid) > 1 and chosen in (0, len(grid) - 1),
+            "fits": len(grid),
+            "unconverged": sum(not converged for _, converged in judged),
+        }
+    fits: dict[int, Fit] = {}
 
     def evaluate(points: Sequence[Point]) -> list[tuple[float, float]]:
-        nonlocal unconverged
-        fits = [follow(float(grid[index])) for _, index in points]
-        unconverged += sum(not fit.converged for fit in fits)
-        return [_quality(fit.logits(val_ND), val_labels_N) for fit in fits]
+        for _, index in points:
+            near = min(fits, key=lambda other: (abs(other - index), other), default=None)
+            start = fits[near] if near is not None else None
+            options = {"tolerance": config.search_tolerance, "max_iterations": config.max_iterations}
+            fits[index] = problem.fit(float(grid[index]), start=start, **options)
+        return [_quality(fits[index].logits(val_ND), val_labels_N) for _, index in points]
 
     # Upwards, from the strongest penalty: each fit starts at the one before, and the hard ones start near their end.
     # Past the point where accuracy and log-loss both get worse lies only overfitting, and the slowest fits of all.
     found = coarse_to_fine(
-        len(grid),
-        evaluate,
-        stride=1 if everything else config.c_stride,
-        give_up=None if everything else lambda before, now: all(np.less(now, before)),
+        len(grid), evaluate, stride=config.c_stride, give_up=lambda before, now: all(np.less(now, before))
     )
     return {
         "c": float(grid[found.best[1]]),
         "val_accuracy": found.quality[0],
         "edge": found.at_edge,
         "fits": found.tried,
-        "unconverged": unconverged,
+        "unconverged": 0,
     }
 
 

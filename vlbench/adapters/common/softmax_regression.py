@@ -17,7 +17,7 @@ Shape suffixes: N examples, D pooled width, P principal axes kept, C classes. Th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -114,31 +114,19 @@ class SoftmaxRegression(OnAxes):
         Yields:
             One Fit for each of ``cs``, in their order.
         """
-        yield from map(self.follow(tolerance=tolerance, max_iterations=max_iterations), cs)
-
-    def follow(
-        self, *, tolerance: float = 1e-7, max_iterations: int = 100, precise: bool = False
-    ) -> Callable[[float], Fit]:
-        """As ``path``, one penalty a call, in any order: each is found from the ones asked for before.
-
-        ``precise`` computes in float64: what is then chosen does not hang on the rounding of one number of threads.
-        """
         import torch
 
         from vlbench.adapters.common.softmax_path import Path
 
         n, n_axes = self.rotated_NP.shape
-        dtype = torch.float64 if precise else torch.float32
-        features_NQ = torch.ones(n, n_axes + 1, dtype=dtype, device=self.rotated_NP.device)
+        features_NQ = torch.ones(n, n_axes + 1, device=self.rotated_NP.device)
         features_NQ[:, :-1] = self.rotated_NP
-        path = Path(features_NQ, self.labels_N, self.n_classes, tolerance=tolerance, max_iterations=max_iterations)
-
-        def fit(c: float) -> Fit:
+        options = {"tolerance": tolerance, "max_iterations": max_iterations}
+        path = Path(features_NQ, self.labels_N, self.n_classes, **options)
+        for c in cs:
             found = path.minimum(1.0 / (float(c) * n))
             counts = (found.objective, found.iterations, found.converged)
-            return self._as_fit(float(c), found.weight_CQ.T.double(), *counts)
-
-        return fit
+            yield self._as_fit(float(c), found.weight_CQ.T.double(), *counts)
 
     def _objective(self, weight_PC: torch.Tensor, penalty: float) -> tuple[float, torch.Tensor]:
         """Mean cross-entropy plus ``penalty / 2 * ||W||^2``, and its gradient; the weights' last row is the bias."""
