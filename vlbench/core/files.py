@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -38,6 +39,12 @@ def write_text(path: Path | str, text: str) -> None:
     """Write ``text`` as UTF-8, line ends as they are, atomically."""
     with atomic_writer(path) as handle:
         handle.write(text.encode("utf-8"))
+
+
+def sha256(path: Path | str) -> str:
+    """The SHA-256 of a file's bytes, read piece by piece."""
+    with Path(path).open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _umask() -> int:

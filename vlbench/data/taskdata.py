@@ -65,6 +65,7 @@ class TaskData:
         self._fingerprints: dict[str, str] = {}
         self._training: TaskData | None = None
         self._tested = self
+        """What ``learning_from`` was called on; it matters where there are training data."""
         self._plan = self._roles({role: canonical_split(name) for role, name in (splits or {}).items()})
 
     def with_prompts(self, *, classes: Sequence[str] | None = None, templates: Sequence[str] | None = None) -> TaskData:
@@ -164,10 +165,8 @@ class TaskData:
         return self._opened[role]
 
     def _reported(self) -> Source:
-        return (self._tested if self._training is not None else self)._own_reported()
-
-    def _own_reported(self) -> Source:
-        return self.split("test" if self.has("test") else next(iter(self._plan)))
+        data = self._tested if self._training is not None else self
+        return data.split("test" if data.has("test") else next(iter(data._plan)))
 
     def _roles(self, asked: Mapping[str, str]) -> dict[str, str | None]:
         """Role → the data's split; None for a part of unsplit data, ``all`` for the whole of it."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from vlbench.core.cards import ModelCard, model_cards
 from vlbench.core.errors import UserError
-from vlbench.core.files import write_text
+from vlbench.core.files import sha256, write_text
 from vlbench.core.fingerprint import fingerprint
 from vlbench.core.paths import cache_dir
 from vlbench.core.types import Backbone
@@ -108,7 +108,7 @@ def _key(spec: str, weights: str | None, name: str | None) -> str | None:
             "weights": weights,
             "name": name,
             "card": card.model_dump(mode="json") if card is not None else None,
-            "files": [[path.name, _digest(path)] for path in files],
+            "files": [[path.name, sha256(path)] for path in files],
             "packages": [[package, _version(package)] for package in _PACKAGES],
             "code": _code(),
         }
@@ -148,11 +148,6 @@ def _is_ours(backbone: Any) -> bool:
         return backbone.card.loader in _LIBRARIES and getattr(backbone, "built_by", None) is None
     recipe = backbone.card.recipe.partition(" (")[0]  # without the variant: "unicl (supcon)"
     return type(RECIPES.get(recipe)).__module__.partition(".")[0] == "vlbench"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _version(package: str) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import re
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from vlbench.core.cards import ModelCard, model_cards
 from vlbench.core.catalog import LOADERS
 from vlbench.core.errors import UserError
+from vlbench.core.files import sha256
 from vlbench.core.names import nearest
 from vlbench.core.types import Backbone
 from vlbench.models.loaders.shared import NOT_CLAIMED, RANDOM, importing_from_here
@@ -177,7 +177,7 @@ def _relabelled(card: ModelCard, weights: str | None, seed: int) -> ModelCard:
             "published": (),
         }
         return card.model_copy(update=update)
-    if card.sha256 is not None and Path(weights).is_file() and _sha256(Path(weights)) == card.sha256:
+    if card.sha256 is not None and Path(weights).is_file() and sha256(Path(weights)) == card.sha256:
         return card
     file = Path(weights)
     update = {"id": f"{card.id}@{file.stem}", "weights": file.name, "sha256": None, "published": ()}
@@ -186,8 +186,3 @@ def _relabelled(card: ModelCard, weights: str | None, seed: int) -> ModelCard:
     if card.loader not in ("native", "build"):
         update |= NOT_CLAIMED
     return card.model_copy(update=update)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -86,11 +86,11 @@ def find_data(card: TaskCard | DatasetCard, root: Path) -> str | None:
 
     None too, where a task's other data are absent, those that it learns from.
     """
+    if isinstance(card, TaskCard):
+        choice = _choose(card, root, named=False)
+        return choice.spec if choice is not None else None
     place = _find(card.data, root)
-    learnt = card.train_from if isinstance(card, TaskCard) else None
-    if place is None or (learnt is not None and find_data(dataset_cards()[learnt], root) is None):
-        return None
-    return place[0]
+    return place[0] if place else None
 
 
 def own_card(kind: str, spec: str) -> TaskCard:
@@ -124,11 +124,15 @@ def _shipped(word: str, root: Path) -> Iterable[Choice | Skip]:
 
 def _choose(card: TaskCard, root: Path, *, named: bool) -> Choice | None:
     """The card on the first of its data that is on this machine."""
-    place = _find(card.data, root)
-    train = find_data(dataset_cards()[card.train_from], root) if card.train_from is not None else None
+    place, train = _find(card.data, root), _training_data(card, root)
     if place is None or (card.train_from is not None and train is None):
         return None
     return Choice(card, *place, named=named, train=train)
+
+
+def _training_data(card: TaskCard, root: Path) -> str | None:
+    """Where the other data are that a task learns from; None where it has none, or they are absent."""
+    return find_data(dataset_cards()[card.train_from], root) if card.train_from is not None else None
 
 
 def _find(data: Iterable[str], root: Path) -> tuple[str, str] | None:
@@ -158,8 +162,7 @@ def _own(word: str, data: Sequence[str], root: Path) -> Iterable[Choice]:
     if word in cards:
         if len(specs) > 1:
             raise UserError(f"task {word}: one --data says where its data are; {len(specs)} were given")
-        learnt = cards[word].train_from
-        train = find_data(dataset_cards()[learnt], root) if learnt is not None else None
+        train, learnt = _training_data(cards[word], root), cards[word].train_from
         if learnt is not None and train is None:
             raise UserError(f"task {word}: {_absent(dataset_cards()[learnt], root)}")
         return [Choice(cards[word], specs[0], said=specs[0], named=True, train=train)]

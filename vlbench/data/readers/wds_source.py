@@ -105,17 +105,14 @@ class WdsSource(BaseSource):
                 parts.add("image")
             if tar.has("txt"):
                 parts.add("text")
-            elif tar.has("json") and len(tar):
+            if tar.has("json") and len(tar) and not {"text", "regions"} <= parts:
                 with contextlib.suppress(BadExample):  # reading that sample will say so
                     members = {ext: place for ext, place in tar.members(0).items() if ext == "json"}
-                    if self._annotations(read_members(tar.path, members), tar.path)["texts"]:
-                        parts.add("text")
-            if tar.has("json") and len(tar):
-                with contextlib.suppress(BadExample):
-                    members = {ext: place for ext, place in tar.members(0).items() if ext == "json"}
-                    record = _json(read_members(tar.path, members)["json"], tar.path) if members else {}
-                    if "boxes" in record:
+                    data = read_members(tar.path, members)
+                    if "json" in data and "boxes" in _json(data["json"], tar.path):
                         parts.add("regions")
+                    if "text" not in parts and self._annotations(data, tar.path)["texts"]:
+                        parts.add("text")
         return parts
 
     @staticmethod

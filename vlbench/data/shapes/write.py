@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import shutil
@@ -20,6 +19,7 @@ from typing import Any
 from filelock import FileLock
 
 from vlbench.core.errors import UserError
+from vlbench.core.files import sha256
 from vlbench.data.shapes.language import captions
 from vlbench.data.shapes.records import Record, make_records
 from vlbench.data.shapes.scene import Scene, sample_scene
@@ -139,7 +139,7 @@ def _write_parts(root: Path, seed: int, sizes: Sizes, workers: int, parts: Colle
         "parts": [part for part in PARTS if part in parts],
         "classes": list(CLASS_NAMES),
         "held_out": sorted(_HELD_OUT_NAMES),
-        "files": {name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in files.items()},
+        "files": {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in files.items()},
     }
     _write_json(root / MANIFEST, manifest, indent=1)
 
@@ -314,8 +314,3 @@ def _write_json(path: Path, value: Any, indent: int | None = None) -> None:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_bytes(text.encode())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
