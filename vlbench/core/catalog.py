@@ -50,6 +50,7 @@ READERS = Registry(
         "karpathy": "vlbench.data.readers.karpathy:READER",
         "multi30k": "vlbench.data.readers.multi30k:READER",
         "voc": "vlbench.data.readers.voc:READER",
+        "objectnet": "vlbench.data.readers.objectnet:READER",
         "vqa": "vlbench.data.readers.vqa:READER",
         "nlvr2": "vlbench.data.readers.nlvr2:READER",
         "snli_ve": "vlbench.data.readers.snli_ve:READER",

@@ -44,23 +44,23 @@ _SAID = ("question", "answers", "answer_type", "question_type", "right", "target
 
 
 @dataclass(frozen=True)
-class _Content:
+class Content:
     """Digests of a source in its order: of each image's bytes, and of each whole example."""
 
     images: tuple[str | None, ...]
     examples: tuple[str, ...]
 
 
-def content_digests(source: Source) -> _Content:
+def content_digests(source: Source) -> Content:
     """All digests of a source, made on the first call."""
-    known: _Content | None = getattr(source, "_content_digests", None)
+    known: Content | None = getattr(source, "_content_digests", None)
     if known is None:
         images, examples = [], []
         for index in range(len(source)):
             example = source[index]
             images.append(digest(example.image) if example.image is not None else None)
             examples.append(example_digest(example, source.classes, image=images[-1], extra=_extra_of(source)))
-        known = _Content(tuple(images), tuple(examples))
+        known = Content(tuple(images), tuple(examples))
         # A source of the user's own may have no room for it; then it is read again each time.
         with contextlib.suppress(AttributeError):
             source._content_digests = known  # type: ignore[attr-defined]

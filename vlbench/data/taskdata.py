@@ -25,7 +25,7 @@ from vlbench.data.digests import image_digests, source_fingerprint
 from vlbench.data.prompting import are_numbers, class_names
 from vlbench.data.sources import UNSPLIT, Subset, canonical_split, list_splits, open_source
 from vlbench.data.spec import local_path, parse_spec
-from vlbench.data.transfer import Relabelled, match_classes
+from vlbench.data.transfer import Relabelled, match_classes, unite_classes
 
 _ROLES = ("train", "val", "test")
 _LEARNT = ("train", "val")
@@ -151,13 +151,17 @@ class TaskData:
             train = learnt.split("train")
             if test.classes is None or train.classes is None:
                 raise UserError(f"data {(train if test.classes else test).spec!r}: they have no class labels")
-            classes, new_labels = match_classes(
-                test.classes,
-                train.classes,
-                test_names=self._tested.classnames,
-                train_names=learnt.classnames,
-                where=self.spec,
-            )
+            unions = getattr(test, "unions", None)
+            if unions is not None:
+                classes, new_labels = unite_classes(test.classes, train.classes, unions, where=self.spec)
+            else:
+                classes, new_labels = match_classes(
+                    test.classes,
+                    train.classes,
+                    test_names=self._tested.classnames,
+                    train_names=learnt.classnames,
+                    where=self.spec,
+                )
             if role in _LEARNT:
                 self._opened[role] = Relabelled(learnt.split(role), classes, new_labels)
             else:

@@ -3,7 +3,8 @@
 The two name their classes each in their own way, and the test set may have some of the training set's only. Classes
 are matched by the data's own names where the training set has them all (WordNet ids, which name the folders), else by
 the names of both class tables. All sources then share one list of classes: the test set's, in its order, followed by
-those that only the training set has. ``TaskData.told_apart`` says how many stand first: a classifier learns all classes
+those that only the training set has. A test class may unite several of the training set's (ObjectNet's); they are
+learnt as one. ``TaskData.told_apart`` says how many stand first: a classifier learns all classes
 and answers with one of these, as the field measures ImageNet-A and -R.
 """
 
@@ -18,6 +19,8 @@ from vlbench.core.errors import UserError
 from vlbench.core.types import Example, Source
 from vlbench.data.digests import content_digests
 from vlbench.data.sources import BaseSource
+
+IMAGENET_CLASSES = 1000
 
 
 def match_classes(
@@ -59,6 +62,44 @@ def match_classes(
         else:
             new_labels.append(len(classes))
             classes.append(name)
+    return classes, new_labels
+
+
+def unite_classes(
+    test: Sequence[str], train: Sequence[str], unions: Sequence[Sequence[int]], *, where: str
+) -> tuple[list[str], list[int]]:
+    """As ``match_classes``, where each test class unites some of the training classes.
+
+    Args:
+        test: the test set's own class names by label.
+        train: the training set's, ImageNet-1k's in the order of their WordNet ids.
+        unions: for each test class, labels of training classes.
+        where: what to call the test data in an error.
+
+    Raises:
+        UserError: where the training set has not the classes of ImageNet-1k, or two test classes share one.
+    """
+    if len(train) != IMAGENET_CLASSES:
+        raise UserError(
+            f"data {where!r}: its classes are unions of ImageNet-1k's {IMAGENET_CLASSES:,}, and the training data have "
+            f"{len(train):,} classes"
+        )
+    place: dict[int, int] = {}
+    for label, united in enumerate(unions):
+        for one in united:
+            if one in place:
+                raise UserError(
+                    f"data {where!r}: {test[place[one]]!r} and {test[label]!r} both take {train[one]!r} of the "
+                    "training data"
+                )
+            place[one] = label
+    classes, new_labels = list(test), []
+    for number, name in enumerate(_numbered(train)):
+        if number in place:
+            new_labels.append(place[number])
+        else:
+            new_labels.append(len(classes))
+            classes.append(f"{name} (training data)" if name in test else name)
     return classes, new_labels
 
 

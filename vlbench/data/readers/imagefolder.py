@@ -26,7 +26,7 @@ class ImageFolderSource(BaseSource):
         self._ids: list[str] = []
         self._labels: list[int] = []
         for label, name in enumerate(classes):
-            files = _images_under(folder / name)
+            files = images_under(folder / name)
             self._ids += [f"{name}/{file}" for file in files]
             self._labels += [label] * len(files)
 
@@ -55,7 +55,7 @@ def _open(spec: DataSpec, split: str | None) -> ImageFolderSource:
     classes = _class_names(folders.get("train", folder))
     own = _class_names(folder)
     for name in own:
-        if name not in classes and _images_under(folder / name):
+        if name not in classes and images_under(folder / name):
             raise UserError(
                 f"{folder / name}: this class is missing in {folders['train']}; {unknown('class', name, classes)}"
             )
@@ -100,7 +100,7 @@ def _folders(folder: Path) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _images_under(folder: Path) -> list[str]:
+def images_under(folder: Path) -> list[str]:
     """Image files below ``folder``, nested ones included, as sorted relative paths; hidden files are left out."""
     found: list[str] = []
     if not folder.is_dir():
