@@ -70,9 +70,13 @@ def open_backbone(spec: str, *, weights: str | None = None, name: str | None = N
     """``models.load.load_backbone`` of the same arguments, or a ``KnownBackbone`` where it was loaded before."""
 
     def load() -> Backbone:
+        import torch
+
         from vlbench.models.load import load_backbone
 
-        return load_backbone(spec, weights=weights, name=name, device=device)
+        # The first to ask may be in inference mode, where some models cannot be built and none could be trained later.
+        with torch.inference_mode(False), torch.enable_grad():
+            return load_backbone(spec, weights=weights, name=name, device=device)
 
     key = _key(spec, weights, name)
     if key is None:
