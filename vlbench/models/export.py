@@ -5,7 +5,7 @@ Shapes: none; see backbone.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 
 from vlbench.core.cards import ModelCard, Preprocess
 from vlbench.core.errors import UserError
-from vlbench.core.types import Features
+from vlbench.core.types import Features, Provides
 from vlbench.models.backbone import TorchBackbone, count_params
 from vlbench.models.captioner import Captioner
 from vlbench.models.text import TextConfig, TextReader, Tokenizer
@@ -43,17 +43,15 @@ def export_two_tower(
     if tokenizer is None:
         assert isinstance(model.text_config, TextConfig), "a learnt vocabulary comes with its tokenizer"
         tokenizer = Tokenizer(model.text_config.spec())
-    described = ModelCard(
-        id=model_id,
-        loader="native",
-        recipe=recipe,
+    described = _card(
+        model.visual,
         # The text tower belongs to the identity: its heads and activation leave no trace in the weights.
-        arch=f"{model.visual.arch} + {model.text_config.identity()}",
-        preprocess=preprocess,
+        beside=model.text_config.identity(),
+        more={"embed", "text"},
         text=tokenizer.spec,
-        provides=model.visual.parts | {"embed", "text"},
-        feature=model.visual.feature,
-        params=count_params(model.visual),
+        id=model_id,
+        recipe=recipe,
+        preprocess=preprocess,
         **card,
     )
     return TorchBackbone(
@@ -65,18 +63,7 @@ def export_visual(
     tower: VisualTower, *, model_id: str, recipe: str, preprocess: Preprocess, **card: Any
 ) -> TorchBackbone:
     """An image tower alone, sharing its weights: what is left of a classifier once its head is thrown away."""
-    described = ModelCard(
-        id=model_id,
-        loader="native",
-        recipe=recipe,
-        arch=tower.arch,
-        preprocess=preprocess,
-        provides=tower.parts,
-        feature=tower.feature,
-        params=count_params(tower),
-        **card,
-    )
-    return TorchBackbone(described, tower)
+    return TorchBackbone(_card(tower, id=model_id, recipe=recipe, preprocess=preprocess, **card), tower)
 
 
 def export_captioner(
@@ -100,15 +87,13 @@ def export_captioner(
         preprocess: how images are prepared; it has the size that the model was trained at.
         card: further fields of the card (pretrain_data, images_seen, seed, ...).
     """
-    described = ModelCard(
+    described = _card(
+        model.visual,
+        beside=f"captions({model.textual.size.identity()}, {writes})",
+        more={"captions"},
         id=model_id,
-        loader="native",
         recipe=recipe,
-        arch=f"{model.visual.arch} + captions({model.textual.size.identity()}, {writes})",
         preprocess=preprocess,
-        provides=model.visual.parts | {"captions"},
-        feature=model.visual.feature,
-        params=count_params(model.visual),
         **card,
     )
     return TorchBackbone(described, model, image_fn=model.visual.features, captions_fn=captions_fn)
@@ -137,19 +122,21 @@ def export_matcher(
         preprocess: how images are prepared; it has the size that the model was trained at.
         card: further fields of the card (pretrain_data, images_seen, seed, ...).
     """
-    described_card = ModelCard(
-        id=model_id,
+    more: set[Provides] = {"match"} if match is not None else set()
+    found = _card(tower, beside=described, more=more, id=model_id, recipe=recipe, preprocess=preprocess, **card)
+    return TorchBackbone(found, model, image_fn=tower.features if tower is not None else _no_tower, match_fn=match)
+
+
+def _card(tower: VisualTower | None, *, beside: str = "", more: Set[Provides] = frozenset(), **card: Any) -> ModelCard:
+    """The card of a trained model: what its tower says of itself, and what stands beside the tower."""
+    arch = tower.arch if tower is not None else "fixed region features"
+    return ModelCard(
         loader="native",
-        recipe=recipe,
-        arch=f"{tower.arch if tower is not None else 'fixed region features'} + {described}",
-        preprocess=preprocess,
-        provides=(tower.parts if tower is not None else frozenset()) | ({"match"} if match is not None else set()),
+        arch=f"{arch} + {beside}" if beside else arch,
+        provides=(tower.parts if tower is not None else frozenset()) | more,
         feature=tower.feature if tower is not None else "none: region features are given",
         params=count_params(tower) if tower is not None else 0,
         **card,
-    )
-    return TorchBackbone(
-        described_card, model, image_fn=tower.features if tower is not None else _no_tower, match_fn=match
     )
 
 
