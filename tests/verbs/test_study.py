@@ -56,6 +56,8 @@ def test_study_that_is_not_there_names_the_nearest_file() -> None:
         ({"arms": [{"recipe": "clip", "name": "random"}]}, "as the random-weight rows is"),
         ({"seeds": [0, 1, 0]}, "seeds: expected at least one, and none twice"),
         ({"seeds": []}, "seeds: expected at least one"),
+        ({"models": {"random": "timm:a"}}, "models: 'random' is called as the random-weight rows is"),
+        ({"models": {"clip": "timm:a"}}, "arm 1 is called 'clip', as model 'clip' is"),
         ({"backbones": ["timm:a", "timm:a"]}, "backbones: expected at least one, and none twice"),
     ],
 )
@@ -131,6 +133,7 @@ def test_study_trains_measures_and_reuses(capsys: pytest.CaptureFixture[str]) ->
         "eval_data": "imagefolder:data",
         "seeds": [0],
         "set": settings,
+        "models": {"mean colour": "tests.verbs.toy_backbone:build"},
     }
     assert run(arguments(written(**changes))) == 0
     first = capsys.readouterr().out
@@ -139,11 +142,11 @@ def test_study_trains_measures_and_reuses(capsys: pytest.CaptureFixture[str]) ->
     assert table in first
     assert "knn/data: acc1" in table
     assert [line.split("|")[1].strip() for line in table.split("\n") if line.startswith("| ")] == [
-        *("Arm", "supervised", "clip", "random", "*chance*")
+        *("Arm", "supervised", "clip", "random", "mean colour", "*chance*")
     ]
     assert "Every arm saw 16 images through timm:test_resnet at 32 px." in table
     board = Path("results/LEADERBOARD.md").read_text()
-    for name in ("supervised-s0", "clip-s0", "random-s0"):
+    for name in ("supervised-s0", "clip-s0", "random-s0", "mean colour"):
         assert name in board
     made = {path: path.stat().st_mtime_ns for path in [*Path("out").rglob("ckpt.pt"), *Path("results").rglob("*.json")]}
     assert sorted(path.parent.name for path in made if path.name == "ckpt.pt") == ["clip-s0", "supervised-s0"]

@@ -58,6 +58,10 @@ class Study(Config):
         description="measure random weights too, with each seed and backbone: of the last arm's architecture (put one "
         "with a text tower there), or of those of the arms that are named, where they differ in what they can do",
     )
+    models: dict[str, str] = Field(
+        default_factory=dict,
+        description="rows of models that are not trained here: name → what `vlbench eval --model` takes",
+    )
     data_root: str | None = Field(default=None, description="as for `vlbench eval --data-root`")
     eval_data: str | None = Field(default=None, description="as for `vlbench eval --data`: what the kinds are run on")
 
@@ -67,6 +71,10 @@ class Study(Config):
             if name not in (labels := [arm.label for arm in self.arms]):
                 raise ValueError(f"random: {unknown('arm', name, labels)}")
         seen = {slug(name): "the random-weight rows" for name in self.random_rows}
+        for name in self.models:
+            if slug(name) in seen:
+                raise ValueError(f"models: {name!r} is called as {seen[slug(name)]} is; give it another name")
+            seen[slug(name)] = f"model {name!r}"
         for number, arm in enumerate(self.arms, start=1):
             name = arm.label
             if slug(name) in seen:
@@ -105,6 +113,13 @@ def run(args: argparse.Namespace) -> int:
 
     study = read_study(Path(args.file))
     out = Path(args.out) if args.out else Path("runs") / Path(args.file).stem
+    measured: dict[str, Any] = {
+        "tasks": study.tasks,
+        "data": study.eval_data,
+        "data_root": study.data_root,
+        "results": args.results,
+        "skip_unsuitable": True,  # arms differ in what they can do
+    }
     cells = list(itertools.product(study.backbones or (None,), study.seeds, study.arms))
     notes = _check(study, cells, args.file)  # a mistake in the last arm is better known before the first is trained
     status = 0
@@ -112,18 +127,14 @@ def run(args: argparse.Namespace) -> int:
         name = model_name(study, arm.label, backbone, seed)
         print(f"\n[study] {number}/{len(cells)} {name}")
         checkpoint = pretrain(**study.settings(arm, backbone, seed), out=str(out / slug(name)), resume=True)
-        measured = {
-            "tasks": study.tasks,
-            "data": study.eval_data,
-            "data_root": study.data_root,
-            "results": args.results,
-            "skip_unsuitable": True,  # arms differ in what they can do
-        }
         status |= evaluate(model=str(checkpoint), name=name, **measured)
         for label, of in study.random_rows.items():
             if of == arm.label:
                 random = model_name(study, label, backbone, seed)
                 status |= evaluate(model=str(checkpoint), name=random, weights=f"random:{seed}", **measured)
+    for name, spec in study.models.items():
+        print(f"\n[study] {name}: {spec}")
+        status |= evaluate(model=spec, name=name, **measured)
     print()
     status |= leaderboard.run(argparse.Namespace(results=args.results, check=False))
     table = _table(study, args.results, notes)
@@ -175,6 +186,7 @@ def _table(study: Study, results: str, notes: Sequence[str]) -> str:
         for backbone in study.backbones or (None,)
         for label in labels
     ]
+    rows += [Row(name, (name,)) for name in study.models]
     names = {name for row in rows for name in row.models}
     mine = [result for result in store.scan().results if result.model.name in names]
     sound, problems = sound_results(mine, outcomes_of)
