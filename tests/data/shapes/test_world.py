@@ -1,6 +1,6 @@
 from collections import Counter
 
-from vlbench.data.shapes.world import CLASS_NAMES, COLOURS, COMBOS, HELD_OUT, PARTS, SEEN, SHAPES, STREAMS
+from vlbench.data.shapes.world import CLASS_NAMES, COLOURS, COMBOS, GROUPS, HELD_OUT, PARTS, SEEN, SHAPES, STREAMS
 
 
 def test_classes_are_all_combinations_once():
@@ -27,4 +27,8 @@ def test_only_the_classification_sets_may_show_held_out_combinations():
         "classes/val",
         "classes/test",
     }
-    assert len(PARTS) == 7
+
+
+def test_every_part_is_in_one_group():
+    assert sorted(PARTS) == sorted({part for parts in GROUPS.values() for part in parts})
+    assert len(PARTS) == 11

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlbench.core.errors import UserError
+from vlbench.core.errors import BadExample, UserError
 from vlbench.core.names import unknown
+from vlbench.data.images import read_file
 from vlbench.data.spec import DataSpec, local_path
 
 IMAGES_OPTION = {"images": "the folder of the images, where it is not beside the annotations"}
@@ -172,6 +173,14 @@ def find_images(spec: DataSpec, folders: Sequence[Path], spellings: Sequence[Seq
         names = " or ".join(dict.fromkeys(names[0] for names in spellings if names))
         raise UserError(f"data {spec.bare!r}: the images are not there, for instance {names}")
     return None
+
+
+def image_of(path: str, who: str) -> bytes:
+    """The bytes of an image that an annotation names. Raises BadExample as ``read_file`` does, with who wanted it."""
+    try:
+        return read_file(path)
+    except BadExample as error:
+        raise BadExample(error.kind, error.where, f"{error.reason}; it is the image of {who}") from None
 
 
 def _object(item: Any, where: str) -> dict[str, Any]:

@@ -21,12 +21,12 @@ from typing import Any
 
 from vlbench.core.errors import UserError
 from vlbench.core.types import Example, Part
-from vlbench.data.images import read_file
 from vlbench.data.readers.annotations import (
     IMAGES_OPTION,
     field,
     find_images,
     image_folders,
+    image_of,
     read_lines,
     refuse_repeated,
     shown,
@@ -81,7 +81,7 @@ class Nlvr2Source(BaseSource):
         }
         left = None
         if self._images is not None:
-            left, extra["right"] = (read_file(self._path(line, place)) for place in (0, 1))
+            left, extra["right"] = (image_of(self._path(line, place), line.identifier) for place in (0, 1))
         return Example(id=line.identifier, image=left, texts={"en": (line.sentence,)}, label=line.label, extra=extra)
 
     def ids(self) -> Sequence[str]:

@@ -22,12 +22,12 @@ from typing import Any
 from vlbench.core.errors import UserError
 from vlbench.core.names import unknown
 from vlbench.core.types import Example, Part, Region
-from vlbench.data.images import read_file
 from vlbench.data.readers.annotations import (
     IMAGES_OPTION,
     field,
     find_images,
     image_folders,
+    image_of,
     objects,
     read_json,
     refuse_repeated,
@@ -92,7 +92,7 @@ class RefcocoSource(BaseSource):
         file = self._files[ref.image]
         return Example(
             id=str(ref.id),
-            image=None if self._images is None else read_file(f"{self._images}/{file}"),
+            image=None if self._images is None else image_of(f"{self._images}/{file}", f"ref_id {ref.id}"),
             texts={"en": ref.phrases},
             regions=self._regions[ref.image],
             extra={
@@ -157,10 +157,13 @@ def _read_instances(file: Path) -> _Instances:
         refuse_repeated(number, where, seen, "image id")
         sizes = (field(item, key, int, where) for key in ("width", "height"))
         images[number] = _Image(field(item, "file_name", str, where), *sizes)
-    names = {
-        field(item, "id", int, where): field(item, "name", str, where)
-        for where, item in objects(content, "categories", file)
-    }
+    names: dict[int, str] = {}
+    seen = {}
+    for where, item in objects(content, "categories", file):
+        number = field(item, "id", int, where)
+        where = f"{where} (id {number})"
+        refuse_repeated(number, where, seen, "category id")
+        names[number] = field(item, "name", str, where)
     regions: defaultdict[int, list[Region]] = defaultdict(list)
     place_of: dict[int, tuple[int, int]] = {}
     seen = {}

@@ -20,12 +20,13 @@ from typing import Any
 from vlbench.core.errors import UserError
 from vlbench.core.names import unknown
 from vlbench.core.types import Example, Part
-from vlbench.data.images import IMAGE_EXTENSIONS, read_file
+from vlbench.data.images import IMAGE_EXTENSIONS
 from vlbench.data.readers.annotations import (
     IMAGES_OPTION,
     field,
     find_images,
     image_folders,
+    image_of,
     read_lines,
     refuse_repeated,
     split_files,
@@ -77,7 +78,7 @@ class SnliVeSource(BaseSource):
         image = None
         if self._images is not None:
             folder, suffix = self._images
-            image = read_file(f"{folder}/{pair.image}{suffix}")
+            image = image_of(f"{folder}/{pair.image}{suffix}", f"pairID {pair.id}")
         return Example(id=pair.id, image=image, texts={"en": (pair.hypothesis,)}, label=pair.label, extra=extra)
 
     def ids(self) -> Sequence[str]:

@@ -21,12 +21,12 @@ from typing import Any
 
 from vlbench.core.errors import UserError
 from vlbench.core.types import Example, Part
-from vlbench.data.images import read_file
 from vlbench.data.readers.annotations import (
     IMAGES_OPTION,
     field,
     find_images,
     image_folders,
+    image_of,
     objects,
     read_json,
     refuse_repeated,
@@ -105,7 +105,9 @@ class VqaSource(BaseSource):
             }
         return Example(
             id=str(question.id),
-            image=None if self._images is None else read_file(self._images.path(question.image)),
+            image=None
+            if self._images is None
+            else image_of(self._images.path(question.image), f"question_id {question.id}"),
             extra=extra,
         )
 

@@ -16,7 +16,8 @@ from vlbench.data.shapes.write import write_world
 from vlbench.data.sources import Reader, list_splits, open_source
 from vlbench.data.spec import DataSpec
 
-_READ_BY = {"labels": "imagefolder", "coco": "coco"}  # the other parts are webdataset shards
+_READ_BY = {"labels": "imagefolder", "coco": "coco"} | {part: part for part in GROUPS["finetune"]}
+"""The other parts are webdataset shards."""
 _DEFAULT_PART = "pairs"
 
 
@@ -41,6 +42,8 @@ def real_spec(spec: DataSpec) -> DataSpec:
     named = spec.options.get("root")
     if named:
         root = write_world(Path(named).expanduser(), seed=seed)
+        if not (root / part).is_dir():
+            raise UserError(f"data {spec.text!r}: {root} is a world without {part!r}; name a new folder to make it in")
     else:
         group = next(group for group, parts in GROUPS.items() if part in parts)
         root = write_world(default_root(seed) / group, seed=seed, parts=GROUPS[group])
@@ -77,7 +80,7 @@ READER = Reader(
     name="shapes",
     open=_open,
     splits=_splits,
-    help="the embedded world: shapes[:pairs|labels|classes|seen|heldout|retrieval|coco]",
+    help=f"the embedded world: shapes[:{'|'.join(PARTS)}]",
     options={"root": "folder of the world, made there if it is absent", "seed": "which world"},
     present=_present,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ class Record:
     """One picture ready to be written. ``annotations`` is everything known of it but its masks."""
 
     index: int
+    scene: Scene
     png: bytes
     label: int
     annotations: dict[str, Any]
@@ -30,6 +31,19 @@ class Record:
     def captions(self, language: str = "en") -> list[str]:
         """The picture's captions in one language."""
         return self.annotations["captions"][language]
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes the records of one world's streams."""
+
+    seed: int
+    pixels: int
+    workers: int
+
+    def __call__(self, stream: str, indices: Iterable[int], **how: bool) -> Iterator[Record]:
+        """``make_records`` of this world."""
+        return make_records(self.seed, stream, list(indices), pixels=self.pixels, workers=self.workers, **how)
 
 
 def make_records(
@@ -108,6 +122,7 @@ def _make(job: _Job) -> list[Record]:
         records.append(
             Record(
                 index=index,
+                scene=scene,
                 png=rendering.png(),
                 label=CLASS_NAMES.index(scene.main.name),
                 annotations=annotate(scene, rendering, detailed=job.detailed) if job.annotated else {},

@@ -41,7 +41,6 @@ _RADII: dict[Size, tuple[float, float]] = {
     "small": (0.110, 0.135),
     "tiny": (0.085, 0.100),
 }
-_MAIN_SIZES: tuple[Size, ...] = ("large", "medium")
 _OTHER_SIZES: tuple[Size, ...] = ("small", "tiny")
 _DIRECTION: dict[Relation, float] = {
     "right of": 0.0,
@@ -184,14 +183,20 @@ def _sample_objects(rng: np.random.Generator, rules: Stream, index: int) -> tupl
     chosen = [main_combo]
     while len(chosen) < 1 + wanted:
         candidate = combos[int(rng.integers(len(combos)))]
+        if rules.alike and rng.random() < rules.alike and not any(_alike(candidate, one) for one in chosen):
+            continue
         if candidate not in chosen:  # no two alike in one picture: every name refers to one object
             chosen.append(candidate)
-    main = _sample_object(rng, main_combo, _MAIN_SIZES[int(rng.integers(2))], depth=wanted)
+    main = _sample_object(rng, main_combo, rules.mains[int(rng.integers(len(rules.mains)))], depth=wanted)
     others = [
         _sample_object(rng, combo, _OTHER_SIZES[int(rng.integers(2))], depth=depth)
         for depth, combo in enumerate(chosen[1:])
     ]
-    return _arrange(rng, main, others)
+    return _arrange(rng, main, others, rules.apart)
+
+
+def _alike(first: Combo, second: Combo) -> bool:
+    return first.colour_index == second.colour_index or first.shape_index == second.shape_index
 
 
 def _sample_object(rng: np.random.Generator, combo: Combo, size: Size, *, depth: int) -> SceneObject:
@@ -210,14 +215,18 @@ def _sample_object(rng: np.random.Generator, combo: Combo, size: Size, *, depth:
     )
 
 
-def _arrange(rng: np.random.Generator, main: SceneObject, others: list[SceneObject]) -> tuple[SceneObject, ...]:
-    """Positions such that all lies inside, neighbours keep to their axis, and only small objects hide each other a bit.
+def _arrange(
+    rng: np.random.Generator, main: SceneObject, others: list[SceneObject], apart: float
+) -> tuple[SceneObject, ...]:
+    """Positions such that all lies inside, neighbours keep to their axis, and small objects hide each other a bit.
+
+    How far those overlap is limited by ``apart``, in sums of their radii.
 
     Where there is no room for all, the last object is left out and the rest tried again.
     """
     while True:
         for _ in range(_TRIES):
-            placed = _try_arrange(rng, main, others)
+            placed = _try_arrange(rng, main, others, apart)
             if placed is not None:
                 return placed
         assert others, "a single object always fits"
@@ -225,7 +234,7 @@ def _arrange(rng: np.random.Generator, main: SceneObject, others: list[SceneObje
 
 
 def _try_arrange(
-    rng: np.random.Generator, main: SceneObject, others: list[SceneObject]
+    rng: np.random.Generator, main: SceneObject, others: list[SceneObject], apart: float
 ) -> tuple[SceneObject, ...] | None:
     margin = main.radius + 0.015
     main = _moved(main, _between(rng, margin, 1 - margin), _between(rng, margin, 1 - margin))
@@ -238,7 +247,7 @@ def _try_arrange(
         if not (other.radius <= x <= 1 - other.radius and other.radius <= y <= 1 - other.radius):
             return None
         moved = _moved(other, x, y)
-        if any(math.hypot(x - o.x, y - o.y) < 0.8 * (other.radius + o.radius) for o in placed[1:]):
+        if any(math.hypot(x - o.x, y - o.y) < apart * (other.radius + o.radius) for o in placed[1:]):
             return None
         assert relation(main, moved) == OPPOSITE[RELATIONS[side]], "a neighbour lies on its own side"
         placed.append(moved)

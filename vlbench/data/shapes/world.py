@@ -74,18 +74,36 @@ class Stream:
         number: part of the random seed; never reused for another purpose.
         held_out: whether held-out combinations may occur, as main object or beside it.
         balanced: every class equally often as main object, in turn; otherwise drawn at random.
-        others: the probability of 0, 1 and 2 further objects.
+        others: the probability of 0, 1, 2 ... further objects, at most four; fewer where there is no room.
+        alike: the probability that a further object must share its colour or its shape with one before it.
+        apart: the least distance between two further objects, in sums of their radii; below 1 they may touch.
+        mains: the sizes that the main object may have.
     """
 
     number: int
     held_out: bool
     balanced: bool
-    others: tuple[float, float, float] = (0.45, 0.33, 0.22)
+    others: tuple[float, ...] = (0.45, 0.33, 0.22)
+    alike: float = 0.0
+    apart: float = 0.8
+    mains: tuple[Size, ...] = ("large", "medium")
 
     @property
     def combos(self) -> tuple[Combo, ...]:
         """The combinations that may occur."""
         return COMBOS if self.held_out else SEEN
+
+
+def _asked_about(number: int) -> Stream:
+    """Pictures for sentences: one to four objects, nothing hidden, and often something that is nearly what is named."""
+    return Stream(number, held_out=False, balanced=False, others=(0.2, 0.25, 0.25, 0.3), alike=0.5, apart=1.05)
+
+
+def _pointed_at(number: int) -> Stream:
+    """Pictures for phrases that pick one object: as many objects as there is room for, most of them alike."""
+    return Stream(
+        number, held_out=False, balanced=False, others=(0, 0.1, 0.3, 0.6), alike=0.8, apart=1.05, mains=("medium",)
+    )
 
 
 STREAMS: dict[str, Stream] = {
@@ -97,16 +115,36 @@ STREAMS: dict[str, Stream] = {
     "retrieval": Stream(6, held_out=False, balanced=False, others=(0.0, 0.1, 0.9)),
     "coco/train": Stream(7, held_out=False, balanced=False),
     "coco/val": Stream(8, held_out=False, balanced=False),
+    "vqa/train": _asked_about(9),
+    "vqa/val": _asked_about(10),
+    "vqa/test": _asked_about(11),
+    "nlvr2/train": _asked_about(12),
+    "nlvr2/dev": _asked_about(13),
+    "nlvr2/test1": _asked_about(14),
+    "snli_ve/train": _asked_about(15),
+    "snli_ve/dev": _asked_about(16),
+    "snli_ve/test": _asked_about(17),
+    "refcoco/train": _pointed_at(18),
+    "refcoco/val": _pointed_at(19),
+    "refcoco/testA": _pointed_at(20),
+    "refcoco/testB": _pointed_at(21),
 }
 
-PARTS = ("pairs", "labels", "classes", "seen", "heldout", "retrieval", "coco")
-GROUPS = {"pretrain": ("pairs", "labels"), "measure": ("classes", "seen", "heldout", "retrieval", "coco")}
+GROUPS = {
+    "pretrain": ("pairs", "labels"),
+    "measure": ("classes", "seen", "heldout", "retrieval", "coco"),
+    "finetune": ("vqa", "nlvr2", "snli_ve", "refcoco"),
+}
 """Parts that are made together on first use: who only trains need not wait for the test sets."""
+PARTS = tuple(part for parts in GROUPS.values() for part in parts)
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How many images each part holds. ``seen`` and ``heldout`` split the test images of ``classes`` between them."""
+    """How many images each part holds. ``seen`` and ``heldout`` split the test images of ``classes`` between them.
+
+    ``nlvr2`` alone counts sets: of four pairs, and so eight images, each.
+    """
 
     pairs: int = 12_000
     labels: int = 8_000
@@ -116,11 +154,44 @@ class Sizes:
     retrieval: int = 1_000
     coco_train: int = 1_000
     coco_val: int = 300
+    vqa_train: int = 3_000
+    vqa_val: int = 600
+    vqa_test: int = 1_200
+    nlvr2_train: int = 520
+    nlvr2_dev: int = 130
+    nlvr2_test1: int = 130
+    snli_ve_train: int = 3_000
+    snli_ve_dev: int = 600
+    snli_ve_test: int = 1_200
+    refcoco_train: int = 3_000
+    refcoco_val: int = 500
+    refcoco_testA: int = 500
+    refcoco_testB: int = 500
     pixels: int = 64
     """Height and width of every image."""
 
 
 TINY = Sizes(
-    pairs=96, labels=72, classes_train=96, classes_val=48, classes_test=96, retrieval=32, coco_train=24, coco_val=12
+    pairs=96,
+    labels=72,
+    classes_train=96,
+    classes_val=48,
+    classes_test=96,
+    retrieval=32,
+    coco_train=24,
+    coco_val=12,
+    vqa_train=48,
+    vqa_val=16,
+    vqa_test=24,
+    nlvr2_train=8,
+    nlvr2_dev=3,
+    nlvr2_test1=4,
+    snli_ve_train=48,
+    snli_ve_dev=16,
+    snli_ve_test=24,
+    refcoco_train=36,
+    refcoco_val=12,
+    refcoco_testA=12,
+    refcoco_testB=12,
 )
 """A world for tests, made in about a second."""

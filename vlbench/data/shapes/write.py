@@ -1,7 +1,8 @@
 """The world on disk, in the formats that the field already uses, so that the real readers read it back.
 
 ``pairs`` is in img2dataset's layout, ``classes``, ``seen``, ``heldout`` and ``retrieval`` in CLIP_benchmark's,
-``labels`` in class folders, ``coco`` in COCO's. The bytes depend on the seed and the sizes alone.
+``labels`` in class folders, ``coco`` in COCO's; ``write_finetune`` writes the parts that backbones are
+fine-tuned on. The bytes depend on the seed and the sizes alone.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import json
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from filelock import FileLock
 
 from vlbench.core.errors import UserError
 from vlbench.core.files import sha256
+from vlbench.data.shapes.files import json_bytes, write_json, write_text
 from vlbench.data.shapes.language import captions
-from vlbench.data.shapes.records import Record, make_records
+from vlbench.data.shapes.records import Maker, Record
 from vlbench.data.shapes.scene import Scene, sample_scene
 from vlbench.data.shapes.world import CLASS_NAMES, HELD_OUT, PARTS, SEEN, TEMPLATES, VERSION, Sizes
+from vlbench.data.shapes.write_finetune import write_finetune_parts
 
 MANIFEST = "MANIFEST.json"
 _PER_SHARD = 4000
@@ -95,28 +98,21 @@ def _is_there(root: Path, seed: int, sizes: Sizes | None) -> bool:
             f"{root}: holds the world {found[0]} with seed {found[1]}, not {VERSION} with seed {seed}; "
             "name another folder"
         )
-    if sizes is not None and manifest.get("sizes") != asdict(sizes):
+    if sizes is not None and not _same_sizes(manifest.get("sizes"), sizes):
         raise UserError(f"{root}: holds this world in other sizes; name another folder")
     return True
+
+
+def _same_sizes(found: Any, wanted: Sizes) -> bool:
+    """A world that is older than a part says nothing of its size."""
+    return isinstance(found, dict) and found.items() <= asdict(wanted).items()
 
 
 # -------------------------------------------------------------------------------------------------- parts
 
 
-@dataclass(frozen=True)
-class _Maker:
-    """Makes the records of this world's streams."""
-
-    seed: int
-    pixels: int
-    workers: int
-
-    def __call__(self, stream: str, indices: Iterable[int], **how: bool) -> Iterator[Record]:
-        return make_records(self.seed, stream, list(indices), pixels=self.pixels, workers=self.workers, **how)
-
-
 def _write_parts(root: Path, seed: int, sizes: Sizes, workers: int, parts: Collection[str]) -> None:
-    make = _Maker(seed, sizes.pixels, workers)
+    make = Maker(seed, sizes.pixels, workers)
     if "pairs" in parts:
         _write_pairs(root / "pairs", make("pairs", range(sizes.pairs)))
     if "labels" in parts:
@@ -126,10 +122,11 @@ def _write_parts(root: Path, seed: int, sizes: Sizes, workers: int, parts: Colle
     if "retrieval" in parts:
         chosen = distinct_scenes(seed, sizes.retrieval)
         _write_benchmark(root / "retrieval", "test", make("retrieval", chosen, detailed=True), _retrieval_files)
-        _write_text(root / "retrieval" / "dataset_type.txt", "retrieval\n")
+        write_text(root / "retrieval" / "dataset_type.txt", "retrieval\n")
     if "coco" in parts:
         for split, count in (("train", sizes.coco_train), ("val", sizes.coco_val)):
             _write_coco(root / "coco", split, make(f"coco/{split}", range(count)), sizes.pixels)
+    write_finetune_parts(root, make, sizes, parts)
     files = {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
     manifest = {
         "world": "shapes",
@@ -141,7 +138,7 @@ def _write_parts(root: Path, seed: int, sizes: Sizes, workers: int, parts: Colle
         "held_out": sorted(_HELD_OUT_NAMES),
         "files": {name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for name, path in files.items()},
     }
-    _write_json(root / MANIFEST, manifest, indent=1)
+    write_json(root / MANIFEST, manifest, indent=1)
 
 
 def distinct_scenes(seed: int, count: int) -> list[int]:
@@ -181,7 +178,7 @@ def _pair_files(record: Record) -> list[tuple[str, bytes]]:
     return [
         ("png", record.png),
         ("txt", texts[record.index % len(texts)].encode()),
-        ("json", _json(record.annotations)),
+        ("json", json_bytes(record.annotations)),
     ]
 
 
@@ -192,7 +189,7 @@ def _write_labels(folder: Path, records: Iterator[Record]) -> None:
         (folder / CLASS_NAMES[record.label] / f"{record.index:06d}.png").write_bytes(record.png)
 
 
-def _write_classes(root: Path, make: _Maker, sizes: Sizes) -> None:
+def _write_classes(root: Path, make: Maker, sizes: Sizes) -> None:
     for split, count in (("train", sizes.classes_train), ("val", sizes.classes_val), ("test", sizes.classes_test)):
         records = list(make(f"classes/{split}", range(count)))
         _write_benchmark(root / "classes", split, iter(records), _class_files)
@@ -200,19 +197,19 @@ def _write_classes(root: Path, make: _Maker, sizes: Sizes) -> None:
         half = [record for record in records if (CLASS_NAMES[record.label] in _HELD_OUT_NAMES) == held_out]
         _write_benchmark(root / part, "test", iter(half), _class_files)
     for part in ("classes", "seen", "heldout"):
-        _write_text(root / part / "classnames.txt", "".join(f"{name}\n" for name in CLASS_NAMES))
-        _write_text(root / part / "zeroshot_classification_templates.txt", "".join(f"{t}\n" for t in TEMPLATES))
+        write_text(root / part / "classnames.txt", "".join(f"{name}\n" for name in CLASS_NAMES))
+        write_text(root / part / "zeroshot_classification_templates.txt", "".join(f"{t}\n" for t in TEMPLATES))
 
 
 def _class_files(record: Record) -> list[tuple[str, bytes]]:
-    return [("png", record.png), ("cls", str(record.label).encode()), ("json", _json(record.annotations))]
+    return [("png", record.png), ("cls", str(record.label).encode()), ("json", json_bytes(record.annotations))]
 
 
 def _retrieval_files(record: Record) -> list[tuple[str, bytes]]:
     return [
         ("png", record.png),
         ("txt", "\n".join(record.captions()).encode()),
-        ("json", _json(record.annotations)),
+        ("json", json_bytes(record.annotations)),
     ]
 
 
@@ -223,7 +220,7 @@ def _write_benchmark(
     shards = _write_shards(
         folder / split, records, "{}.tar".format, lambda record: (f"s{record.index:07d}", files(record))
     )
-    _write_text(folder / split / "nshards.txt", f"{shards}\n")
+    write_text(folder / split / "nshards.txt", f"{shards}\n")
 
 
 def _write_coco(folder: Path, split: str, records: Iterator[Record], pixels: int) -> None:
@@ -262,11 +259,11 @@ def _write_coco(folder: Path, split: str, records: Iterator[Record], pixels: int
         ]
     info = {"description": f"vlbench shapes {VERSION}"}
     notes = folder / "annotations"
-    _write_json(
+    write_json(
         notes / f"instances_{split}.json",
         {"info": info, "images": images, "annotations": instances, "categories": categories},
     )
-    _write_json(notes / f"captions_{split}.json", {"info": info, "images": images, "annotations": captions})
+    write_json(notes / f"captions_{split}.json", {"info": info, "images": images, "annotations": captions})
 
 
 # -------------------------------------------------------------------------------------------------- bytes
@@ -300,17 +297,3 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member.size = len(data)
     member.mode = 0o644
     tar.addfile(member, io.BytesIO(data))
-
-
-def _json(value: Any, indent: int | None = None) -> bytes:
-    separators = None if indent else (",", ":")
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, indent=indent, separators=separators).encode()
-
-
-def _write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(_json(value, indent) + b"\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_bytes(text.encode())
