@@ -21,8 +21,21 @@ ALLOWED = {
     "models": {"core", "models"},
     "train": {"core", "data", "models", "train"},
     "recipes": {"core", "data", "models", "train", "recipes"},
-    "adapters": {"core", "stats", "store", "data", "models", "adapters"},
-    "verbs": {"core", "stats", "store", "report", "data", "models", "train", "recipes", "adapters", "verbs"},
+    "finetune": {"core", "data", "models", "train", "finetune"},
+    "adapters": {"core", "stats", "store", "data", "models", "finetune", "adapters"},
+    "verbs": {
+        "core",
+        "stats",
+        "store",
+        "report",
+        "data",
+        "models",
+        "train",
+        "recipes",
+        "finetune",
+        "adapters",
+        "verbs",
+    },
 }
 HEAVY = {"torch", "torchvision", "timm", "open_clip", "transformers", "datasets", "sklearn"}
 NEVER_TORCH = ("core", "stats", "store", "report")

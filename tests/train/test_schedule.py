@@ -41,3 +41,18 @@ def test_learning_rate_kinds() -> None:
     assert rates(6, kind="step", warmup=0) == pytest.approx([2.0, 2.0, 0.2, 0.2, 0.02, 0.02])
     # cos^2(pi/2 p), as some papers write it, is the same curve.
     assert rates(10, warmup=0) == pytest.approx([2.0 * math.cos(math.pi / 2 * p / 10) ** 2 for p in range(10)])
+
+
+def test_milestones_are_shares_of_all_steps_warm_up_included() -> None:
+    found = rates(90, kind="milestones", milestones=[60 / 90, 80 / 90], warmup=5, start=0.001)
+    assert found[4:60] == pytest.approx([2.0] * 56)
+    assert found[60:80] == pytest.approx([0.2] * 20)
+    assert found[80:] == pytest.approx([0.02] * 10)
+    assert found[0] == pytest.approx(2.0 * (0.001 + 0.999 / 5))
+    assert rates(4, kind="milestones", milestones=[0.5], factor=0.5, warmup=0) == [2.0, 2.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("milestones", [[], [0.8, 0.6], [0.5, 0.5], [0.0], [1.0]])
+def test_milestones_that_are_none_are_refused(milestones: list[float]) -> None:
+    with pytest.raises(ValueError, match="milestones"):
+        ScheduleConfig(kind="milestones", milestones=tuple(milestones))

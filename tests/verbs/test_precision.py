@@ -15,7 +15,8 @@ def _found(adapter, data: FakeData, metric: str, before: FakeEncoder, after: Fak
     config = adapter.Config()
     rows = adapter.predict(before, data, config)
     result = SimpleNamespace(metric=metric, estimates=adapter.score(rows, config))
-    return bf16_difference(result, rows, SimpleNamespace(adapter=adapter, data=data, config=config), after)
+    job = SimpleNamespace(adapter=adapter, config=config)
+    return bf16_difference(result, rows, job, adapter.predict(after, data, config))
 
 
 def test_a_ranking_has_a_difference_and_no_share_of_changed_predictions(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,7 @@ from vlbench.data.stream import Mixture
 from vlbench.data.transforms import View, augment
 from vlbench.train.config import PretrainConfig
 from vlbench.train.distributed import Ranks
+from vlbench.train.run_config import RunConfig
 from vlbench.train.templates import named_templates
 
 Batch: TypeAlias = dict[str, torch.Tensor]
@@ -173,7 +174,7 @@ def _sides(box_xyxy: Sequence[float]) -> float:
 class Positions(Sampler[list[int]]):
     """The stream positions of one rank, a list for each part of each step."""
 
-    def __init__(self, config: PretrainConfig, *, start: int, here: Ranks) -> None:
+    def __init__(self, config: RunConfig, *, start: int, here: Ranks) -> None:
         self._config = config
         self._start = start
         self._here = here

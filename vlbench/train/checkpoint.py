@@ -18,7 +18,7 @@ from vlbench.core.config import Config, flatten
 from vlbench.core.errors import UserError
 from vlbench.core.files import atomic_writer, write_text
 from vlbench.models.weights import CHECKPOINT_FORMAT, CHECKPOINT_VERSION, read_checkpoint
-from vlbench.train.config import FREE_ON_RESUME
+from vlbench.train.run_config import FREE_ON_RESUME
 
 CHECKPOINT = "ckpt.pt"
 SETTINGS = "config.json"

@@ -61,7 +61,7 @@ def session(device: str | None = None) -> Iterator[torch.device]:
     try:
         yield chosen
     except RuntimeError as error:
-        if not _is_broken_connection(error):
+        if not is_broken_connection(error):
             raise
         raise RunError(
             f"process {ranks().rank}: the connection to another process broke, which has ended; its own words say why. "
@@ -82,7 +82,8 @@ def _join(backend: str) -> None:
     dist.init_process_group(backend, store=dist.PrefixStore(f"restart-{restarts}", store), rank=rank, world_size=world)
 
 
-def _is_broken_connection(error: RuntimeError) -> bool:
+def is_broken_connection(error: Exception) -> bool:
+    """Whether ``error`` says that another process is gone."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or ("gloo" in text and "connect" in text)
 

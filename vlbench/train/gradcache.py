@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlbench.core.errors import UserError
 from vlbench.core.types import Recipe
-from vlbench.train.config import PretrainConfig
+from vlbench.train.run_config import RunConfig
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -44,7 +44,7 @@ class Contrastive(Protocol):
         """As ``core.types.Recipe.loss``; it uses the model by ``embed`` and in no other way."""
 
 
-def contrastive(recipe: Recipe, config: PretrainConfig) -> Contrastive:
+def contrastive(recipe: Recipe, config: RunConfig) -> Contrastive:
     """The part of ``recipe`` that embeds and compares.
 
     Raises:
@@ -65,7 +65,7 @@ def cached_gradients(
     recipe: Recipe,
     model: nn.Module,
     batch: Batch,
-    config: PretrainConfig,
+    config: RunConfig,
     *,
     seed: Callable[[int], None],
     exchange: Callable[..., contextlib.AbstractContextManager[None]],
@@ -116,7 +116,7 @@ def cached_gradients(
 
 
 def _loss_of(
-    pairs: Contrastive, cached: list[torch.Tensor], model: nn.Module, batch: Batch, config: PretrainConfig
+    pairs: Contrastive, cached: list[torch.Tensor], model: nn.Module, batch: Batch, config: RunConfig
 ) -> dict[str, torch.Tensor]:
     """The recipe's own loss, on embeddings that are there already and collect gradients."""
     for leaf in cached:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,20 +25,26 @@ from torch.nn.parallel import DistributedDataParallel
 from vlbench.core.cards import ModelCard
 from vlbench.core.errors import RunError, UserError
 from vlbench.core.types import Recipe
-from vlbench.data.stream import BadTally, Mixture
+from vlbench.data.stream import BadTally
 from vlbench.models.weights import asset_tensors, checkpoint_assets
 from vlbench.train import checkpoint
-from vlbench.train.batches import Batch, batches, data_identity, open_mixture
+from vlbench.train.batches import Batch
 from vlbench.train.config import PretrainConfig
 from vlbench.train.distributed import Ranks, barrier, from_first, gather_objects, ranks
+from vlbench.train.feed import Feed, MixtureFeed
 from vlbench.train.gradcache import cached_gradients, contrastive
 from vlbench.train.optim import build_optimizer, set_learning_rate
 from vlbench.train.progress import Silent, Watcher
 from vlbench.train.recompute import recompute_blocks
+from vlbench.train.run_config import RunConfig
 from vlbench.train.schedule import learning_rate
 from vlbench.train.sharding import clip_gradients, cut_model_state, cut_optimizer_state, shard_weights, whole_state
 
 _INIT, _STEP = 0, 1  # keeps the two uses of one seed apart
+
+
+class Diverged(RunError):
+    """The loss or its gradient is not finite."""
 
 
 @dataclass
@@ -46,11 +52,11 @@ class _Run:
     """What the steps of one run share."""
 
     recipe: Recipe
-    config: PretrainConfig
+    config: RunConfig
     out: Path
     device: torch.device
     here: Ranks
-    mixture: Mixture
+    feed: Feed
     module: nn.Module
     """The model itself: what is saved."""
     model: nn.Module
@@ -58,7 +64,7 @@ class _Run:
     optimizer: torch.optim.Optimizer
     card: ModelCard
     identity: list[dict[str, Any]]
-    """Of the data, as ``data_identity`` gives it."""
+    """Of the data, as ``Feed.identity`` gives it."""
     assets: dict[str, bytes]
     """What the recipe learnt of the data before training."""
     step: int = 0
@@ -80,13 +86,15 @@ class _Clock:
 
 def fit(
     recipe: Recipe,
-    config: PretrainConfig,
+    config: RunConfig,
     *,
     out: Path,
     resume: bool = False,
     device: torch.device | str = "cpu",
     preset: str | None = None,
     watcher: Watcher | None = None,
+    feed: Feed | None = None,
+    after_save: Callable[[int, nn.Module], None] | None = None,
 ) -> Path:
     """Train, and return the path of the checkpoint.
 
@@ -98,11 +106,15 @@ def fit(
         device: where to train. Under ``torchrun``, call this within ``distributed.session``.
         preset: the preset's name, noted in the run's settings.
         watcher: follows the run.
+        feed: what to learn from; None: the mixture that ``config.data`` names.
+        after_save: called on every rank, with the step and the model, once a checkpoint is on disk. The modes of the
+            model (training, evaluation) are set back after it. A run killed before it returned goes on without it.
 
     Raises:
         UserError: for data that do not suit the recipe, a folder that holds a run, and settings, data or a number of
             ranks that changed before a resume.
-        RunError: for too many bad examples, and a loss or gradient that is not finite (the last good checkpoint stays).
+        RunError: for too many bad examples.
+        Diverged: for a loss or gradient that is not finite (the last good checkpoint stays).
     """
     here, watcher, device = ranks(), watcher or Silent(), torch.device(device)
     path = out / checkpoint.CHECKPOINT
@@ -115,9 +127,11 @@ def fit(
     if saved is not None and saved["step"] >= config.steps:
         watcher.say(f"this run is finished ({saved['step']} steps)")
         return path
-    run = _prepare(
-        recipe, config, out=out, device=device, here=here, assets=None if saved is None else checkpoint_assets(saved)
-    )
+    if feed is None:
+        assert isinstance(config, PretrainConfig), "settings that name no data come with a feed"
+        feed = MixtureFeed(recipe, config, here=here)
+    assets = None if saved is None else checkpoint_assets(saved)
+    run = _prepare(recipe, config, feed, out=out, device=device, here=here, assets=assets)
     if saved is not None:
         _restore(run, saved)
         watcher.say(f"resuming from step {run.step} of {config.steps}")
@@ -127,16 +141,18 @@ def fit(
         checkpoint.write_settings(out, recipe=recipe.name, preset=preset, config=config)
         log = checkpoint.Log(out / checkpoint.LOG, step=run.step)
     try:
-        _train(run, log, watcher)
+        _train(run, log, watcher, after_save)
     finally:
         if log is not None:
             log.close()
     return path
 
 
-def _train(run: _Run, log: checkpoint.Log | None, watcher: Watcher) -> None:
+def _train(
+    run: _Run, log: checkpoint.Log | None, watcher: Watcher, after_save: Callable[[int, nn.Module], None] | None
+) -> None:
     config = run.config
-    stream = batches(run.recipe, config, run.mixture, start=run.step, here=run.here, pin=run.device.type == "cuda")
+    stream = run.feed.batches(run.recipe, config, start=run.step, here=run.here, pin=run.device.type == "cuda")
     run.model.train()
     run.clock = _Clock()
     for step in range(run.step, config.steps):
@@ -153,11 +169,23 @@ def _train(run: _Run, log: checkpoint.Log | None, watcher: Watcher) -> None:
             if log is not None:
                 log.write(record)
             watcher.record(record)
-        if run.step % config.checkpoint_every == 0 or last:
+        if config.saves_at(run.step):
             _save(run, finished=last)
+            if after_save is not None:
+                _call(after_save, run)
     summary = _tally_of_all(run).summary()
     if summary:
         watcher.say(f"bad examples, replaced by others: {summary}")
+
+
+def _call(after_save: Callable[[int, nn.Module], None], run: _Run) -> None:
+    """Let it look at the model; its time is not the run's."""
+    modes = [(module, module.training) for module in run.module.modules()]
+    began = time.perf_counter()
+    after_save(run.step, run.module)
+    run.clock.start += time.perf_counter() - began
+    for module, training in modes:
+        module.training = training
 
 
 def _one_step(run: _Run, step: int, stream: Iterator[Batch]) -> tuple[float, dict[str, float], float]:
@@ -174,7 +202,7 @@ def _one_step(run: _Run, step: int, stream: Iterator[Batch]) -> tuple[float, dic
     values = torch.stack([*total.values(), norm.float()]).tolist()
     parts, gradient = dict(zip(total, values)), values[-1]
     if not all(map(math.isfinite, values)):
-        raise RunError(_diverged(run, step, rate, parts, gradient))
+        raise Diverged(_diverged(run, step, rate, parts, gradient))
     run.optimizer.step()
     run.recipe.after_step(run.module)
     return rate, parts, gradient
@@ -206,26 +234,26 @@ def _next(run: _Run, step: int, stream: Iterator[Batch]) -> Batch:
     start = time.perf_counter()
     batch = next(stream)
     run.clock.waited += time.perf_counter() - start
-    batch["epoch"] = torch.tensor(step * run.config.batch_size / len(run.mixture))
+    batch["epoch"] = torch.tensor(step * run.config.batch_size / len(run.feed))
     return {name: tensor.to(run.device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def _prepare(
     recipe: Recipe,
-    config: PretrainConfig,
+    config: RunConfig,
+    feed: Feed,
     *,
     out: Path,
     device: torch.device,
     here: Ranks,
     assets: dict[str, bytes] | None,
 ) -> _Run:
-    mixture = open_mixture(recipe, config, here=here)
     if assets is None:
-        assets = from_first(recipe.learn_assets(config, mixture) if here.first else {})
+        assets = from_first(recipe.learn_assets(config, feed.data) if here.first else {})
     recipe = recipe.with_assets(assets)
     _seed(config.seed, _INIT)
-    module = recipe.build(config, mixture.classes)
-    card = recipe.export(module, config, mixture.classes).card
+    module = recipe.build(config, feed.classes)
+    card = recipe.export(module, config, feed.classes).card
     card = card.model_copy(update={"id": out.resolve().name, "seed": config.seed})
     if not config.shard:  # what is sharded must lie in the plain order, and goes to the device block by block
         # Channels last: convolutions are up to 1.4 times faster for it on CPUs, and GPUs prefer it in bfloat16.
@@ -242,8 +270,7 @@ def _prepare(
             module, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
         )
     optimizer = build_optimizer(module, config.optim)
-    identity = data_identity(config, mixture)
-    return _Run(recipe, config, out, device, here, mixture, module, model, optimizer, card, identity, assets)
+    return _Run(recipe, config, out, device, here, feed, module, model, optimizer, card, feed.identity(), assets)
 
 
 def _restore(run: _Run, saved: dict[str, Any]) -> None:
@@ -266,34 +293,34 @@ def _restore(run: _Run, saved: dict[str, Any]) -> None:
     run.module.load_state_dict(weights)
     run.optimizer.load_state_dict(moments)
     run.step, run.saved_at, run.seconds = saved["step"], saved["step"], train["seconds"]
-    run.mixture.tally.add(train["bad"][run.here.rank])
+    run.feed.tally.add(train["bad"][run.here.rank])
 
 
 def _changed_data(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[str]:
-    """What differs, source by source, in words. Sources themselves are settings, which have been compared."""
+    """What differs, source by source, in words. Where they lie is a setting, which has been compared, or no matter."""
     if len(before) != len(now):
         return [f"{len(before)} sources, now {len(now)}"]
     return [
         f"{new['spec']}: {key} {old.get(key)}, now {new[key]}" if key == "examples" else f"{new['spec']}: other {key}"
         for old, new in zip(before, now)
         for key in new
-        if old.get(key) != new[key]
+        if key != "spec" and old.get(key) != new[key]
     ]
 
 
 def _tally_of_all(run: _Run) -> BadTally:
     """The bad examples that all ranks met. Every rank must ask."""
     if run.here.world == 1:
-        return run.mixture.tally
-    whole = BadTally(run.mixture.tally.max_bad)
-    for state in gather_objects(run.mixture.tally.state()):
+        return run.feed.tally
+    whole = BadTally(run.feed.tally.max_bad)
+    for state in gather_objects(run.feed.tally.state()):
         whole.add(state)
     return whole
 
 
 def _save(run: _Run, *, finished: bool) -> None:
     """Write the checkpoint. The last one needs no optimizer, which is two thirds of the file."""
-    bad = gather_objects(run.mixture.tally.state())
+    bad = gather_objects(run.feed.tally.state())
     weights, moments = run.module.state_dict(), None if finished else run.optimizer.state_dict()
     if run.config.shard:  # all ranks give their shards
         weights, moments = whole_state(weights), whole_state(moments)
@@ -302,7 +329,7 @@ def _save(run: _Run, *, finished: bool) -> None:
         content: dict[str, Any] = {
             "recipe": run.recipe.name,
             "config": run.config.model_dump(mode="json"),
-            "classes": list(run.mixture.classes),
+            "classes": list(run.feed.classes),
             "assets": asset_tensors(run.assets),
             "card": run.card.model_copy(update={"images_seen": samples}).model_dump(mode="json"),
             "model": weights,
@@ -354,7 +381,7 @@ def _diverged(run: _Run, step: int, rate: float, parts: dict[str, float], norm: 
     )
 
 
-def _check_division(config: PretrainConfig, here: Ranks) -> None:
+def _check_division(config: RunConfig, here: Ranks) -> None:
     if config.batch_size % (config.accumulate * here.world):
         raise UserError(
             f"batch_size {config.batch_size} cannot be shared by {here.world} ranks in accumulate={config.accumulate} "

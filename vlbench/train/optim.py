@@ -10,8 +10,8 @@ from timm.optim.lamb import Lamb
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from vlbench.train.config import OptimConfig
 from vlbench.train.lookahead import look_ahead
+from vlbench.train.run_config import OptimConfig
 
 _FACTOR, _FREE = "lr_factor", "never_decays"
 

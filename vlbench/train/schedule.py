@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 
-from vlbench.train.config import ScheduleConfig
+from vlbench.train.run_config import ScheduleConfig
 
 
 def learning_rate(step: int, *, steps: int, peak: float, schedule: ScheduleConfig) -> float:
     """The rate of step ``step``, counted from 0, of a run of ``steps``.
 
     Linear warm-up reaches ``peak`` at its last step; what follows starts at ``peak`` and, for cosine and linear, would
-    reach ``final * peak`` one step after the last.
+    reach ``final * peak`` one step after the last. Milestones count from the first step, warm-up included, as in the
+    schedules of detectors; a drop that falls into the warm-up is made there.
     """
     warmup = warmup_steps(steps, schedule)
+    if schedule.kind == "milestones":
+        peak *= schedule.factor ** sum(step >= round(mark * steps) for mark in schedule.milestones)
     if step < warmup:
         return peak * (schedule.start + (1 - schedule.start) * (step + 1) / warmup)
     progress = (step - warmup) / max(1, steps - warmup)

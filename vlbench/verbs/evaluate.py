@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PROMPTS = "simple"
 """Templates for data that bring none of their own."""
-OPTIONAL_SPLITS = frozenset({"val"})
+OPTIONAL_SPLITS = frozenset({"val", "testA", "testB"})
 """Splits that an adapter reads where they exist and does without where they do not."""
 
 
@@ -59,17 +59,19 @@ class Job:
 
 
 class Unsuitable(UserError):
-    """The model or the data lack what the task needs: a kind skips it, a full name makes it an error."""
+    """Model, data or machine lack what the task needs: a kind skips it, a full name makes it an error."""
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate as the arguments of ``vlbench eval`` say. Returns 0, or 1 where a task failed."""
     machine.keep_freed_memory()
-    with crews.joined() as crew:
+    with crews.joined(args.device) as crew:
         if not crew.first:
-            return serve(args, crew)
+            return serve(args, crew, join_in=_join_in)
         try:
             status = _lead(args, crew)
+        except crews.Told:
+            return 1
         except crews.Lost:
             raise
         except Exception as error:
@@ -133,7 +135,7 @@ def prepare(choice: Choice, session: Session) -> Job:
     """Open the task's data and settle its configuration.
 
     Raises:
-        Unsuitable: where model or data lack a part or a split that the adapter needs.
+        Unsuitable: where model or data lack a part or a split that the adapter needs, or this machine a library.
         UserError: for a wrong key in the card's protocol, or data that cannot be read.
     """
     from vlbench.data.taskdata import class_notes
@@ -144,6 +146,9 @@ def prepare(choice: Choice, session: Session) -> Job:
     if missing:
         raise Unsuitable(f"{session.model.name} has no {_what_is_missing(missing)}")
     config = parse(adapter.Config, card.protocol, where=f"task {card.name}, protocol")
+    lack = adapter.lack(config) if hasattr(adapter, "lack") else None
+    if lack is not None:
+        raise Unsuitable(lack)
     prompted = _reads_prompts(adapter, config)
     with_prompts = prompted or "text" in adapter.requires or bool(card.prompts.templates)
     data = _open_data(choice, session, with_prompts=with_prompts)
@@ -173,7 +178,7 @@ def measure(job: Job, session: Session) -> tuple[Result, Rows]:
     card, encoder = job.choice.card, session.encoder
     before, began = encoder.stats.copy(), time.perf_counter()
     machine.reset_peak_memory(session.settings["device"])
-    rows = _with_notes(job.adapter.predict(encoder, job.data, job.config), job.notes)
+    rows = _with_notes(_predict(job, session, session.settings["precision"]), job.notes)
     predicted = time.perf_counter()
     estimates: dict[str, Estimate] = job.adapter.score(rows, job.config)
     metric = card.metric
@@ -210,6 +215,35 @@ def measure(job: Job, session: Session) -> tuple[Result, Rows]:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     return result, rows
+
+
+def _predict(job: Job, session: Session, precision: str) -> Rows:
+    """The rows of one task. An adapter that trains is run by all processes, each with its own view of the same."""
+    if not getattr(job.adapter, "trains", False):
+        rows: Rows = job.adapter.predict(session.encoder_in(precision), job.data, job.config)
+        return rows
+    if session.crew.first:
+        session.crew.give(crews.Order("together", precision=precision, choice=job.choice))
+    with session.crew.together():
+        return _train_and_predict(job, session, precision)
+
+
+def _join_in(order: crews.Order, session: Session) -> None:
+    """What the other processes do of a task whose adapter trains: all of it, but for storing."""
+    with session.crew.together():
+        _train_and_predict(prepare(order.choice, session), session, order.precision)
+
+
+def _train_and_predict(job: Job, session: Session, precision: str) -> Rows:
+    from vlbench.finetune.conduct import Conduct, conducted
+    from vlbench.train.progress import watch
+
+    encoder = session.encoder_in(precision)
+    anew = session.force or not encoder.code_is_known
+    with conducted(Conduct(anew=anew, watch=watch if session.crew.first else None)) as conduct:
+        rows: Rows = job.adapter.predict(encoder, job.data, job.config)
+    session.tuned = conduct.folders
+    return rows
 
 
 def stored_result(job: Job, session: Session) -> Result | None:
@@ -258,10 +292,13 @@ def _run_one(choice: Choice, session: Session, place: str) -> Done:
         _say_notes(_with_notes(session.results.rows(old), job.notes))
         return Done(old, reused=True)
     print(f"{place}: {job.data_ref.n:,} examples of {job.data_ref.spec}", flush=True)
+    session.tuned = []
     with _showing_progress(session):
         result, rows = measure(job, session)
     result = session.results.save(result, rows)
     _say_notes(rows)
+    for folder in session.tuned:  # said and not stored: a place on this machine is no part of a result
+        print(f"  note: the fine-tuned model is in {folder}")
     headline = result.estimates[result.metric]
     print(f"  {result.metric} {percent(headline)}, {sum(result.seconds.values()):.1f} s", flush=True)
     if session.spread:
@@ -273,7 +310,7 @@ def _with_spread(result: Result, rows: Rows, job: Job, session: Session) -> Resu
     """``result``, stored once more with what bf16 changes; as it is, and one note, where bf16 fails."""
     try:
         with _showing_progress(session):
-            difference = bf16_difference(result, rows, job, session.encoder_in("bf16"))
+            difference = bf16_difference(result, rows, job, _predict(job, session, "bf16"))
     except crews.Lost:
         raise
     except Exception as error:

@@ -9,28 +9,26 @@ import numpy as np
 from vlbench.core.types import Result, Rows
 
 if TYPE_CHECKING:
-    from vlbench.adapters.encoder import Encoder
     from vlbench.verbs.evaluate import Job
 
 _SAID_OF_AN_EXAMPLE = ("pred", "rank", "correct")
 """Columns that hold what a model says of an example; the first that is there counts."""
 
 
-def bf16_difference(result: Result, rows: Rows, job: Job, encoder: Encoder) -> dict[str, Any]:
+def bf16_difference(result: Result, rows: Rows, job: Job, other: Rows) -> dict[str, Any]:
     """What a result stores of it.
 
     Args:
         result: the fp32 result of ``job``.
         rows: its rows.
         job: the task.
-        encoder: the same backbone in bf16.
+        other: those of the same backbone in bf16.
 
     Returns:
         ``metric``: the headline's name, ``difference``: its bf16 value minus its fp32 value, ``predictions_changed``:
         the share of examples (of queries, for retrieval) of which the model says something else; not where the metric
         is a ranking's (``map11``, say), in which every example moves a little with any other.
     """
-    other = job.adapter.predict(encoder, job.data, job.config)
     value = job.adapter.score(other, job.config)[result.metric].value
     found = {"metric": result.metric, "difference": value - result.estimates[result.metric].value}
     changed = _share_changed(rows, other, job, result.metric)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vlbench.core.errors import UserError
@@ -12,8 +12,14 @@ from vlbench.verbs.crew import Crew, Lost, Order, Place, quiet
 from vlbench.verbs.session import Session, open_session
 
 
-def serve(args: argparse.Namespace, crew: Crew) -> int:
-    """Encode a share of whatever the first process asks for, until it ends. Returns its exit status."""
+def serve(args: argparse.Namespace, crew: Crew, *, join_in: Callable[[Order, Session], None]) -> int:
+    """Encode a share of whatever the first process asks for, until it ends. Returns its exit status.
+
+    Args:
+        args: of ``vlbench eval``.
+        crew: all processes.
+        join_in: does what all do together; an error is the first's too, unless it is Lost.
+    """
     session: Session | None = None
     with quiet():
         try:
@@ -25,6 +31,13 @@ def serve(args: argparse.Namespace, crew: Crew) -> int:
                 if order.what == "open":
                     with contextlib.suppress(Exception):  # what is wrong is said when images are asked for
                         _indices(order.place, session)
+                elif order.what == "together":
+                    try:
+                        join_in(order, session)
+                    except Lost:
+                        raise
+                    except Exception:  # the first has it too, and says it
+                        continue
                 else:
                     with contextlib.suppress(Exception), crew.settling():
                         _encode_share(order, crew.share(order.keys), session)

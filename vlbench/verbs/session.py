@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlbench.core.fingerprint import fingerprint
@@ -35,6 +36,8 @@ class Session:
     """Whether every task is also measured in bf16, to say what that changes."""
     crew: Crew = field(default_factory=Crew)
     encoders: dict[str, Encoder] = field(default_factory=dict)
+    tuned: list[Path] = field(default_factory=list)
+    """Where the models are that the task at hand was fine-tuned to."""
     data: dict[str, Any] = field(default_factory=dict)
     """Opened task data by spec and splits: tasks on the same data share them."""
 

@@ -1,0 +1,121 @@
+"""``vlbench eval`` of tasks whose adapter trains: alone, under ``torchrun``, and where something goes wrong."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from tests.verbs.test_crew import _numbers, _run, _shards, _stored, _together, _words, table
+from vlbench.core.catalog import ADAPTERS
+from vlbench.core.types import Result
+from vlbench.store.results import ResultStore
+
+__all__ = ["table"]
+
+
+@pytest.fixture(autouse=True)
+def tuned_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ADAPTERS._table, "tuned", "tests.verbs.tuned_adapter:ADAPTER")
+
+
+@pytest.fixture
+def alone(table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Result]:
+    (tmp_path / "alone").mkdir()
+    return _run(table, tmp_path / "alone", monkeypatch, "--tasks", "tuned")
+
+
+def _weights(folder: Path) -> dict[str, object]:
+    (path,) = (folder / "cache" / "finetune").glob("*/weights.safetensors")
+    return {name: tensor.numpy() for name, tensor in load_file(path).items()}
+
+
+def test_it_says_where_the_model_is_and_does_not_store_it(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (result,) = _run(table, tmp_path, monkeypatch, "--tasks", "tuned").values()
+    said = capsys.readouterr()
+    (place,) = re.findall(r"  note: the fine-tuned model is in (.+)", said.out)
+    assert (Path(place) / "weights.safetensors").is_file()
+    assert said.err.count("step 10/30  loss") == 1
+    assert "on held-out data" in said.err
+    assert result.estimates["acc1"].value > 0.5
+    assert result.chosen["step"] in (10, 20, 30)
+    stored = ResultStore(tmp_path / "results")
+    assert place not in stored.path("towers", "tuned/list", 1).read_text()
+    assert place not in str(stored.rows(result).meta)
+
+
+def test_a_finished_model_is_used_again_and_force_trains_it_again(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = _run(table, tmp_path, monkeypatch, "--tasks", "tuned")
+    capsys.readouterr()
+    ResultStore(tmp_path / "results").path("towers", "tuned/list", 1).unlink()
+    again = _run(table, tmp_path, monkeypatch, "--tasks", "tuned")
+    assert "step 10/30" not in capsys.readouterr().err, "the result was gone, the model was not"
+    assert _numbers(again) == _numbers(first)
+    forced = _run(table, tmp_path, monkeypatch, "--tasks", "tuned", "--force")
+    assert "step 10/30" in capsys.readouterr().err
+    assert _numbers(forced) == _numbers(first)
+
+
+def test_two_processes_train_the_model_of_one(table: Path, tmp_path: Path, alone: dict[str, Result]) -> None:
+    """Beside tasks that do not train, before and after it; every image is encoded once."""
+    statuses, said = _together(_words(table, tmp_path, tasks="knn,tuned,zeroshot"), tmp_path)
+    assert statuses == [0, 0], said
+    assert said[1] == ""
+    assert said[0].count("step 10/30  loss") == 1
+    assert said[0].count("note: the fine-tuned model is in") == 1
+    found = _stored(tmp_path)
+    assert set(found) == {"knn/list", "tuned/list", "zeroshot/list"}
+    assert _numbers({"tuned/list": found["tuned/list"]}) == _numbers(alone)
+    for name, value in _weights(tmp_path).items():
+        np.testing.assert_allclose(value, _weights(tmp_path / "alone")[name], rtol=1e-12, atol=1e-12)
+
+
+def test_features_are_dealt_out_without_orders(table: Path, tmp_path: Path) -> None:
+    statuses, said = _together([*_words(table, tmp_path, tasks="tuned")], tmp_path)
+    assert statuses == [0, 0], said
+    sizes = [len(names) for _, names in _shards(tmp_path)]
+    assert sum(sizes) == 36
+    assert len(sizes) == 4, "train and test, each process its half"
+    digests = np.concatenate([names for _, names in _shards(tmp_path)]).tolist()
+    assert len(set(digests)) == 36
+
+
+def test_no_store_trains_together_too(table: Path, tmp_path: Path) -> None:
+    statuses, said = _together([*_words(table, tmp_path, tasks="tuned"), "--no-store"], tmp_path)
+    assert statuses == [0, 0], said
+    assert not _shards(tmp_path)
+    assert _stored(tmp_path)["tuned/list"].estimates["acc1"].value > 0.5
+
+
+@pytest.mark.parametrize(("fails", "line"), [("all", "the same trouble everywhere"), ("judge", "the judge is asleep")])
+def test_an_error_that_all_have_fails_the_task_alone(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str, line: str
+) -> None:
+    monkeypatch.setenv("TUNED_FAILS", fails)
+    statuses, said = _together(_words(table, tmp_path, tasks="tuned,knn"), tmp_path)
+    assert statuses == [1, 1], said
+    assert said[1] == ""
+    assert f"FAILED tuned/list: {line}" in said[0]
+    assert "knn/list" in _stored(tmp_path), "the next task was measured"
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_an_error_of_one_process_ends_all_with_its_line(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str
+) -> None:
+    monkeypatch.setenv("TUNED_FAILS", rank)
+    monkeypatch.setattr("vlbench.verbs.crew.GRACE", 1.0)
+    statuses, said = _together(_words(table, tmp_path, tasks="knn,tuned,zeroshot"), tmp_path)
+    assert statuses == [1, 1], said
+    (line,) = [line for line in "".join(said).splitlines() if "drop of water" in line]
+    assert line == f"vlbench: error: a drop of water in the machine (process {rank} of 2)"
+    assert said[1] == (line + "\n" if rank == "1" else ""), "it says so itself: torchrun may end the first at once"
+    assert "Traceback" not in said[0]
+    assert set(_stored(tmp_path)) == {"knn/list"}, "what was finished before is stored"

@@ -1,0 +1,1 @@
+"""Fine-tuning: any backbone, one recipe a task; see run.py."""
