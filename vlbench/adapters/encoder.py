@@ -121,12 +121,8 @@ class Encoder:
         self.stats = EncoderStats()
         self.fingerprint = backbone_fingerprint(backbone)
         self.code_is_known = has_known_code(backbone)
-        tables = store if store is not None and (self.code_is_known or share is not None) else _MemoryStore()
-        key = {"backbone_fingerprint": self.fingerprint, "precision": precision, "features_version": FEATURES_VERSION}
-        self._images, self._texts = (
-            tables.table(fingerprint(key | {"of": of}), key | {"of": of, "model": backbone.card.id})
-            for of in ("images", "texts")
-        )
+        self._tables = store if store is not None and (self.code_is_known or share is not None) else _MemoryStore()
+        self._images, self._texts = self.table("images"), self.table("texts")
         self._digests: dict[int, tuple[Source, list[str]]] = {}
 
     def images(self, source: Source) -> ImageFeatures:
@@ -149,7 +145,7 @@ class Encoder:
             self.stats.images_encoded += len(queue) - len(mine)
             if len(mine) < len(queue):  # the others' time counts as well
                 self.stats.image_seconds = before + time.perf_counter() - began
-                self._require(self._images, missing, columns)
+                self.require(self._images, missing, columns)
         found = self._images.gather(digests, columns)
         return ImageFeatures(tuple(source.ids()), tuple(digests), found["pooled"], found.get("embed"))
 
@@ -166,7 +162,7 @@ class Encoder:
                 self.encode_texts(mine)
             self.stats.texts_encoded += len(queue) - len(mine)
             if len(mine) < len(queue):
-                self._require(self._texts, missing, ("embed",))
+                self.require(self._texts, missing, ("embed",))
         return self._texts.gather(keys, ("embed",))["embed"]
 
     def captions(self, source: Source) -> list[str]:
@@ -186,7 +182,7 @@ class Encoder:
         said: list[str] = []
         began = time.perf_counter()
         for images_BCHW in self._pixels(source, [first[image] for image in queue]):
-            with self._mode():
+            with self.mode():
                 pixels_BCHW = normalise(images_BCHW.to(self.device), self.backbone.card.preprocess)
                 found = self.backbone.describe(pixels_BCHW)
             if len(found) != len(images_BCHW):
@@ -219,7 +215,7 @@ class Encoder:
         from vlbench.adapters.common.pairs import match_scores
 
         began = time.perf_counter()
-        found = match_scores(self, self._mode, source, indices, texts, features=features)
+        found = match_scores(self, self.mode, source, indices, texts, features=features)
         self.stats.images_encoded += len(indices)
         self.stats.image_seconds += time.perf_counter() - began
         return found
@@ -260,7 +256,19 @@ class Encoder:
             self._digests[id(source)] = (source, list(image_digests(source)))
         return self._digests[id(source)][1]
 
-    def _require(self, table: Any, keys: Sequence[str], columns: Sequence[str]) -> None:
+    def table(self, of: str, **how: Any) -> Any:
+        """The store's table of what this backbone says of ``of``; ``how`` is whatever else changes a number of it."""
+        key = {
+            "backbone_fingerprint": self.fingerprint,
+            "precision": self.precision,
+            "features_version": FEATURES_VERSION,
+            "of": of,
+            **how,
+        }
+        return self._tables.table(fingerprint(key), key | {"model": self.backbone.card.id})
+
+    def require(self, table: Any, keys: Sequence[str], columns: Sequence[str]) -> None:
+        """Raises UserError where rows are absent that another process has appended, or says so."""
         absent = table.missing(keys, columns)
         if absent:
             raise UserError(
@@ -286,7 +294,7 @@ class Encoder:
         from vlbench.data.transforms import normalise
 
         card = self.backbone.card
-        with self._mode():
+        with self.mode():
             images_BCHW = normalise(images_BCHW.to(self.device, non_blocking=True), card.preprocess)
             features = self.backbone.encode_image(images_BCHW)
         columns = {"pooled": features.pooled_BD}
@@ -295,7 +303,7 @@ class Encoder:
         return {name: self._checked(values, name, ids, "images") for name, values in columns.items()}
 
     def _encode_texts(self, texts: Sequence[str]) -> np.ndarray:
-        with self._mode():
+        with self.mode():
             text_BE = self.backbone.encode_text(texts)
         return self._checked(text_BE, "text", texts, "texts")
 
@@ -318,7 +326,7 @@ class Encoder:
         return array
 
     @contextlib.contextmanager
-    def _mode(self) -> Iterator[None]:
+    def mode(self) -> Iterator[None]:
         """No gradient, and the arithmetic that ``precision`` names: no TF32 in convolutions and products."""
         import torch
 
@@ -390,8 +398,11 @@ class _Pixels:
 class _MemoryStore:
     """What a FeatureStore does, without a disk."""
 
+    def __init__(self) -> None:
+        self._tables: dict[str, _MemoryTable] = {}
+
     def table(self, key: str, made_of: Mapping[str, Any] | None = None) -> _MemoryTable:
-        return _MemoryTable()
+        return self._tables.setdefault(key, _MemoryTable())
 
 
 class _MemoryTable:

@@ -7,6 +7,8 @@ a backbone which frozen tasks can score. The tower's pooled feature goes along a
 What a masked region's neighbours see of it through their receptive fields, and the whole image's token, is not taken
 away by zeroing its feature, as with a detector's overlapping boxes; ``blank`` takes its pixels away too.
 
+``DeepestMaps`` reads any tower in the same way for fine-tuning (``finetune/fusion``), by depth instead of by stride.
+
 Shapes: B batch, C channels, H height, W width, R regions, F width of a region's feature, P of the pooled one.
 """
 
@@ -18,6 +20,7 @@ import torch
 from torch import nn
 
 from vlbench.core.errors import UserError
+from vlbench.models.tower_of import at_any_size, map_channels
 from vlbench.models.towers import VisualTower
 
 
@@ -38,7 +41,7 @@ class RegionTower(nn.Module):
         self.tower = tower
         self.strides = tuple(strides)
         self.cells = cells
-        widths = _map_widths(tower, image_size)
+        widths = map_channels(tower, image_size)
         missing = [stride for stride in self.strides if stride not in widths]
         if missing:
             has = ", ".join(map(str, sorted(widths))) or "none"
@@ -47,27 +50,81 @@ class RegionTower(nn.Module):
 
     def forward(self, images_BCHW: torch.Tensor, boxes_BR4: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``features_BRF`` at boxes in pixels of the images, and ``pooled_BP``. Padding may be any box."""
-        from torchvision.ops import roi_align
-
         found = self.tower.features(images_BCHW, dense=True)
         assert found.maps is not None, "a tower with maps"
-        batch, count = boxes_BR4.shape[:2]
-        owner_K = torch.arange(batch, device=boxes_BR4.device).repeat_interleave(count)
-        rois_K5 = torch.cat([owner_K[:, None].to(boxes_BR4.dtype), boxes_BR4.flatten(0, 1)], dim=1)
-        # Autocast has no bfloat16 RoIAlign, and boxes need the precision anyway.
-        with torch.autocast(images_BCHW.device.type, enabled=False):
-            parts = [
-                roi_align(
-                    found.maps[stride].float(),
-                    rois_K5.float(),
-                    self.cells,
-                    spatial_scale=found.maps[stride].shape[-1] / images_BCHW.shape[-1],
-                    sampling_ratio=2,
-                    aligned=True,
-                ).mean((2, 3))
-                for stride in self.strides
-            ]
-        return torch.cat(parts, dim=1).unflatten(0, (batch, count)), found.pooled_BD
+        maps = [found.maps[stride] for stride in self.strides]
+        return read_boxes(maps, boxes_BR4, cells=self.cells, pixels=images_BCHW.shape[-1]), found.pooled_BD
+
+
+class DeepestMaps(nn.Module):
+    """A tower read at boxes of its deepest maps, whatever strides they have, so that all towers are read alike.
+
+    Args:
+        tower: a visual tower. One that pools in a way of its own and shows no maps beside it (torchvision's, but for
+            ResNets) is cut before it pools; its deepest map's mean is then the pooled feature.
+        levels: how many maps are read; a tower that has fewer strides gives all that it has.
+        cells: RoIAlign's grid of ``cells x cells`` bins, whose mean is taken.
+        image_size: height and width of the images.
+
+    Raises:
+        UserError: where the tower has no maps.
+    """
+
+    def __init__(self, tower: VisualTower, *, levels: int, cells: int, image_size: tuple[int, int]) -> None:
+        super().__init__()
+        widths = map_channels(tower, image_size)
+        self.pools = bool(widths)
+        """Whether the pooled feature is the tower's own."""
+        self.tower = tower if widths else at_any_size(tower)
+        widths = widths or map_channels(self.tower, image_size)
+        self.cells = cells
+        self.strides = tuple(sorted(widths)[-levels:])
+        self.parts = tuple(widths[stride] for stride in self.strides)
+        """Width that each map has in a box's feature."""
+        self.pooled_width = tower.width if self.pools else self.parts[-1]
+
+    def forward(self, images_BCHW: torch.Tensor, boxes_BR4: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``features_BRF`` at boxes in pixels of the images, and ``pooled_BP``; float32. Padding may be any box."""
+        if isinstance(self.tower, VisualTower):
+            found = self.tower.features(images_BCHW, dense=True)
+            assert found.maps is not None, "a tower with maps"
+            maps, pooled_BP = found.maps, found.pooled_BD
+        else:
+            maps = self.tower(images_BCHW)
+            pooled_BP = maps[self.strides[-1]].mean((2, 3))
+        chosen = [maps[stride] for stride in self.strides]
+        features_BRF = read_boxes(chosen, boxes_BR4, cells=self.cells, pixels=images_BCHW.shape[-1])
+        return features_BRF, pooled_BP.float()
+
+
+def read_boxes(maps: Sequence[torch.Tensor], boxes_BR4: torch.Tensor, *, cells: int, pixels: int) -> torch.Tensor:
+    """``features_BRF``: RoIAlign's mean over each box, of one map after the other, float32.
+
+    Args:
+        maps: ``(B, C, H, W)`` each.
+        boxes_BR4: in pixels of the images.
+        cells: bins each way.
+        pixels: width of the images.
+    """
+    from torchvision.ops import roi_align
+
+    batch, count = boxes_BR4.shape[:2]
+    owner_K = torch.arange(batch, device=boxes_BR4.device).repeat_interleave(count)
+    rois_K5 = torch.cat([owner_K[:, None].to(boxes_BR4.dtype), boxes_BR4.flatten(0, 1)], dim=1)
+    # Autocast has no bfloat16 RoIAlign, and boxes need the precision anyway.
+    with torch.autocast(boxes_BR4.device.type, enabled=False):
+        parts = [
+            roi_align(
+                map_BCHW.float(),
+                rois_K5.float(),
+                cells,
+                spatial_scale=map_BCHW.shape[-1] / pixels,
+                sampling_ratio=2,
+                aligned=True,
+            ).mean((2, 3))
+            for map_BCHW in maps
+        ]
+    return torch.cat(parts, dim=1).unflatten(0, (batch, count))
 
 
 def blank(images_BCHW: torch.Tensor, boxes_BR4: torch.Tensor, masked_BR: torch.Tensor) -> torch.Tensor:
@@ -77,15 +134,3 @@ def blank(images_BCHW: torch.Tensor, boxes_BR4: torch.Tensor, masked_BR: torch.T
         x1, y1, x2, y2 = int(box[0]), int(box[1]), -int(-box[2] // 1), -int(-box[3] // 1)
         blanked_BCHW[row, :, y1:y2, x1:x2] = 0.0
     return blanked_BCHW
-
-
-def _map_widths(tower: VisualTower, image_size: int) -> dict[int, int]:
-    """Channels of the tower's maps by stride."""
-    if "maps" not in tower.parts:
-        return {}
-    training = tower.training
-    device = next(tower.parameters()).device
-    with torch.no_grad():
-        maps = tower.eval().features(torch.zeros(1, 3, image_size, image_size, device=device), dense=True).maps
-    tower.train(training)
-    return {stride: found.shape[1] for stride, found in (maps or {}).items()}
