@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from tests.data.making import image_folder, png, write_files, write_tar
 from vlbench.core.errors import BadExample
 from vlbench.core.fingerprint import digest
-from vlbench.data.digests import image_digests, source_fingerprint
+from vlbench.core.types import Example, Region
+from vlbench.data.digests import example_digest, image_digests, source_fingerprint
 from vlbench.data.sources import Subset, open_source
 
 
@@ -72,3 +74,12 @@ def test_source_fingerprint_names_the_classes_of_several_labels(tmp_path):
 
     assert shards("a", "cat\ndog\n", [1, 0]) == shards("b", "dog\ncat\n", [0, 1])
     assert shards("a", "cat\ndog\n", [1, 0]) != shards("c", "cat\ndog\n", [1, -1])
+
+
+def test_a_crowd_is_another_example_and_plain_objects_keep_their_digest():
+    region = Region("cat", (0.0, 0.0, 4.0, 4.0), attributes={"iscrowd": 0, "area": 9.0})
+    plain, same, crowd = (
+        example_digest(Example("a", regions=(replace(region, attributes=attributes),)), None, image="x")
+        for attributes in ({}, {"iscrowd": 0}, {"iscrowd": 1})
+    )
+    assert plain == same != crowd

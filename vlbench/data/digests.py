@@ -82,7 +82,10 @@ def example_digest(
         "label": label,
         "texts": {language: list(texts) for language, texts in example.texts.items()},
         "regions": [
-            [region.category, list(region.box_xyxy), _plain(region.segmentation)] for region in example.regions
+            # A crowd counts neither as found nor as missed, which moves detection's numbers.
+            [region.category, list(region.box_xyxy), _plain(region.segmentation)]
+            + (["crowd"] if region.attributes.get("iscrowd") else [])
+            for region in example.regions
         ],
         "labels": _named_labels(example.extra.get("labels"), classes),
     }

@@ -12,7 +12,7 @@ from vlbench.data.sources import list_splits, open_source
 
 IMAGES = [{"id": 7, "file_name": "b.png"}, {"id": 3, "file_name": "a.png"}]
 CATEGORIES = [{"id": 18, "name": "dog"}, {"id": 17, "name": "cat"}]
-MASK = {"size": [12, 10], "counts": [5, 3]}
+MASK = {"size": [12, 10], "counts": [5, 3, 112]}
 
 
 def instance(number: int, **changes) -> dict:

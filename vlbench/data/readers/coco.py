@@ -1,12 +1,20 @@
 """COCO's JSON: boxes, masks and categories (``instances_*.json``), captions (``captions_*.json``), or both.
 
 ``coco:DIR`` reads ``DIR/annotations`` or ``DIR`` itself; ``coco:FILE.json`` reads one file without splits.
-Where there are categories, an image's multi-label truth (``extra["labels"]``) is which of them have an object in it.
+Where there are categories, an image's multi-label truth (``extra["labels"]``) is which of them have an object in it,
+and ``extra`` says what a detector is judged by: ``categories``, the class of each region as an index into ``classes``,
+``bboxes`` as they are written, and ``height`` and ``width`` of the image, where the file has them. Crowds are regions
+like any other (``iscrowd`` and ``area`` are in their attributes), and an image without objects is an example without
+regions.
+
+Boxes, polygons and run lengths are checked when a split is opened. An annotation that is wrong is one more entry, which
+raises BadExample with the file and the annotation's id: it is counted, and never a test set in silence.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections import defaultdict
@@ -20,6 +28,7 @@ from vlbench.core.errors import BadExample, UserError
 from vlbench.core.names import unknown
 from vlbench.core.types import Example, Part, Region
 from vlbench.data.images import read_file
+from vlbench.data.masks import BAD_BOX, BAD_MASK, box_problem, mask_problem
 from vlbench.data.sources import BaseSource, Reader, canonical_split, split_table
 from vlbench.data.spec import DataSpec, local_path
 
@@ -31,28 +40,30 @@ _OPTIONS = {"images": "the folder of the images, where it is not beside the anno
 class CocoSource(BaseSource):
     """The images of one split with their objects and captions.
 
-    An annotation of an image that the file does not list is one more entry, which raises BadExample.
+    An annotation that is wrong, or of an image that the file does not list, is one more entry, which raises BadExample.
     """
 
     def __init__(self, spec: DataSpec, split: str | None, files: Sequence[Path], folder: Path) -> None:
         self._folder = os.fspath(folder)
         self._images: dict[Any, str] = {}
+        self._sides: dict[Any, tuple[int, int]] = {}
         self._objects: defaultdict[Any, list[Mapping[str, Any]]] = defaultdict(list)
         self._captions: defaultdict[Any, list[str]] = defaultdict(list)
         self._dangling: list[BadExample] = []
+        self._has_objects = False
         self._category_names: dict[Any, str] = {}
         for file in files:
             self._read(file)
         self._keys = sorted(self._images, key=lambda key: (isinstance(key, str), key))
         self._ids = [str(key) for key in self._keys] + [f"bad annotation {i}" for i in range(len(self._dangling))]
         parts: set[Part] = {"image"}
-        parts |= {"regions", "labels"} if self._objects else set()
+        parts |= {"regions", "labels"} if self._has_objects else set()
         parts |= {"text"} if self._captions else set()
         # By id, not as listed: train and val must number the classes alike.
         ids = sorted(self._category_names, key=lambda key: (isinstance(key, str), key))
         self._class_of = {key: place for place, key in enumerate(ids)}
         classes = [self._category_names[key] for key in ids]
-        super().__init__(spec.bare, split, provides=parts, classes=classes if self._objects else None)
+        super().__init__(spec.bare, split, provides=parts, classes=classes if self._has_objects else None)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -65,6 +76,12 @@ class CocoSource(BaseSource):
         extra: dict[str, Any] = {"file_name": self._images[key]}
         if self.classes is not None:
             extra["labels"] = self._labels_of(key)
+            objects = self._objects.get(key, ())
+            extra["categories"] = tuple(self._class_of[item["category_id"]] for item in objects)
+            # As written: a region's corners are rounded sums.
+            extra["bboxes"] = tuple(tuple(item["bbox"]) for item in objects)
+            if key in self._sides:
+                extra["height"], extra["width"] = self._sides[key]
         return Example(
             id=self._ids[index],
             image=read_file(f"{self._folder}/{self._images[key]}"),
@@ -72,6 +89,12 @@ class CocoSource(BaseSource):
             regions=tuple(self._region(item) for item in self._objects.get(key, ())),
             extra=extra,
         )
+
+    def regions_of(self, index: int) -> tuple[Region, ...]:
+        """The regions of an entry, without reading its image. Raises BadExample as the entry does."""
+        if index >= len(self._keys):
+            raise self._dangling[index - len(self._keys)]
+        return tuple(self._region(item) for item in self._objects.get(self._keys[index], ()))
 
     def ids(self) -> Sequence[str]:
         """Image ids of the annotation file, in their order."""
@@ -93,11 +116,15 @@ class CocoSource(BaseSource):
             if not isinstance(image, dict) or "id" not in image or "file_name" not in image:
                 raise UserError(f"{file}: an image without 'id' or 'file_name': {str(image)[:80]}")
             self._images[image["id"]] = image["file_name"]
+            if "height" in image and "width" in image:
+                self._sides[image["id"]] = _sides_of(image, file)
         for category in _list(content, "categories", file):
             if not isinstance(category, dict) or not {"id", "name"} <= category.keys():
                 raise UserError(f"{file}: a category without 'id' or 'name': {str(category)[:80]}")
             self._category_names[category["id"]] = category["name"]
         for item in _list(content, "annotations", file):
+            # Also where all of them are wrong: that is what must then be told, not that there are none.
+            self._has_objects |= isinstance(item, dict) and "category_id" in item
             problem = self._problem(item)
             if problem is not None:
                 kind, reason = problem
@@ -111,15 +138,24 @@ class CocoSource(BaseSource):
     def _problem(self, item: Any) -> tuple[str, str] | None:
         if not isinstance(item, dict):
             return "bad annotation", f"expected an object, got {str(item)[:40]!r}"
-        if item.get("image_id") not in self._images:
+        if not _is_among(item.get("image_id"), self._images):
             return "dangling annotation", f"image_id {item.get('image_id')!r} is not among the images of the file"
         if "caption" in item:
             return None
-        if item.get("category_id") not in self._category_names:
+        if not _is_among(item.get("category_id"), self._category_names):
             return "missing class", f"category_id {item.get('category_id')!r} is not among the categories"
-        box = item.get("bbox")
-        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(side, int | float) for side in box):
-            return "bad box", f"bbox {box!r} is not [left, top, width, height]"
+        height, width = self._sides.get(item["image_id"], (None, None))
+        reason = box_problem(item.get("bbox"), height, width)
+        if reason is not None:
+            return BAD_BOX, reason
+        reason = mask_problem(item.get("segmentation"), height, width)
+        if reason is not None:
+            return BAD_MASK, reason
+        area, crowd = item.get("area", 0), item.get("iscrowd", 0)
+        if crowd not in (0, 1):
+            return "bad annotation", f"iscrowd {crowd!r} is neither 0 nor 1"
+        if type(area) not in (int, float) or not 0 <= area < math.inf:
+            return "bad annotation", f"area {area!r} is not a number of pixels"
         return None
 
     def _region(self, item: Mapping[str, Any]) -> Region:
@@ -202,6 +238,20 @@ def _load(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "images" not in content:
         raise UserError(f"{file}: expected COCO's JSON, an object with 'images' and 'annotations'")
     return content
+
+
+def _is_among(key: Any, table: Mapping[Any, Any]) -> bool:
+    """Lists and objects are JSON too, and no key."""
+    return not isinstance(key, list | dict) and key in table
+
+
+def _sides_of(image: Mapping[str, Any], file: Path) -> tuple[int, int]:
+    sides = image["height"], image["width"]
+    if any(type(side) is not int or side < 1 for side in sides):
+        raise UserError(
+            f"{file}: image {image['id']} of height {sides[0]!r} and width {sides[1]!r}: expected whole pixels"
+        )
+    return sides
 
 
 def _list(content: Mapping[str, Any], key: str, file: Path) -> list[Any]:
