@@ -278,6 +278,10 @@ _KIND_TITLES = {
     "elevater_probe": "ELEVATER's linear probe",
     "svm": "linear SVM",
     "retrieval": "both directions",
+    "vqa": "answers",
+    "nlvr2": "true or false of two images",
+    "entailment": "entailment",
+    "grounding": "referring expressions",
 }
 """What a kind is called in a title that is made."""
 

@@ -34,6 +34,11 @@ ADAPTERS = Registry(
         "retrieval": "vlbench.adapters.retrieval:ADAPTER",
         "matching": "vlbench.adapters.matching:ADAPTER",
         "captioning": "vlbench.adapters.captioning:ADAPTER",
+        "vqa": "vlbench.adapters.vqa:ADAPTER",
+        "nlvr2": "vlbench.adapters.nlvr2:ADAPTER",
+        "entailment": "vlbench.adapters.entailment:ADAPTER",
+        "grounding": "vlbench.adapters.grounding:ADAPTER",
+        "detection": "vlbench.adapters.detection:ADAPTER",
     },
     group="vlbench.adapters",
 )
@@ -68,6 +73,7 @@ LOADERS = Registry(
         "torchvision": "vlbench.models.loaders.torchvision:load",
         "hf": "vlbench.models.loaders.hf:load",
         "build": "vlbench.models.loaders.build:load",
+        "baseline": "vlbench.models.loaders.baseline:load",
     },
     group="vlbench.loaders",
 )

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlbench.core.errors import UserError
+from vlbench.models.resnet_names import from_detectron2
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -55,6 +58,8 @@ LAYOUTS = (
     Layout("DINO", "backbone.", ("head.", "dino_head.", "ibot_head.")),
     # facebookresearch/mae: the files for visualisation
     Layout("MAE", "", ("decoder_", "mask_token")),
+    # facebookresearch/detectron2: a detector with a feature pyramid
+    Layout("detectron2", "backbone.bottom_up.", ("backbone.fpn_", "proposal_generator.", "roi_heads.", "pixel_")),
 )
 
 
@@ -85,11 +90,27 @@ def in_names_of(
         if converted is not None and _fits(converted, wanted, ignored):
             warnings.warn(f"{where}{said}; its authors' names converted by timm", stacklevel=4)
             return converted
+        converted = _by_detectron2(candidate)
+        if converted is not None and _fits(converted, wanted, ignored):
+            # Neither leaves a trace in the weights.
+            told = "right where detectron2 had STRIDE_IN_1X1: False and FORMAT: RGB"
+            warnings.warn(f"{where}{said}; the names of its ResNet converted, {told}", stacklevel=4)
+            return converted
     return state
 
 
 def _fits(state: Iterable[str], wanted: set[str], ignored: tuple[str, ...]) -> bool:
     return all(name in wanted or name.startswith(ignored) for name in state)
+
+
+def _by_detectron2(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    """A ResNet in detectron2's names in torchvision's."""
+    if "stem.conv1.weight" not in state:
+        return None
+    try:
+        return from_detectron2(state)
+    except UserError:
+        return None
 
 
 def _by_timm(net: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:

@@ -20,7 +20,7 @@ from vlbench.models.weights import WEIGHT_SUFFIXES, existing_file
 
 FORMS = (
     "a run folder or checkpoint (runs/a, ckpt.pt), a reference model (vlbench list models), "
-    "timm:NAME, open_clip:NAME.TAG, torchvision:NAME, hf:REPO or hf:FOLDER, or pkg.mod:build"
+    "timm:NAME, open_clip:NAME.TAG, torchvision:NAME, hf:REPO or hf:FOLDER, baseline:shuffled, or pkg.mod:build"
 )
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # From a reference card, whatever the loader finds out by itself: who made it, and how it is to be measured.

@@ -17,7 +17,7 @@ from vlbench.core.errors import UserError
 
 _PACKAGES = (
     *("torch", "torchvision", "timm", "open_clip_torch", "transformers", "tokenizers"),
-    *("numpy", "scipy", "pillow"),
+    *("numpy", "scipy", "pillow", "faster-coco-eval", "detectron2"),
 )
 
 # Parameters of mallopt(3), from glibc's malloc.h.

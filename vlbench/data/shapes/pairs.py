@@ -258,12 +258,14 @@ STATEMENTS = {
 }
 """By kind."""
 SHARES = {
-    "present": 40,
-    "biggest": 30,
-    "grounded": 20,
-    "counted": 3,
-    "compared": 2,
-    "quantified": 3,
-    "around": 2,
+    "biggest": 88,
+    "present": 4,
+    "grounded": 3,
+    "quantified": 2,
+    "counted": 1,
+    "compared": 1,
+    "around": 1,
 }
-"""In percent. Most are about one picture, which the sentence names: four thousand examples teach no more than that."""
+"""In percent. Whether a sentence is true shows in neither words nor pictures alone; a model that begins with nothing
+finds that out from a few kinds of sentences first: where six in ten of them were of the first kind, sixteen thousand
+examples taught a small one nothing at all."""

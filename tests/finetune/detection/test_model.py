@@ -1,0 +1,234 @@
+"""Mask R-CNN over every family of towers: it builds, learns from what it should, and speaks of stored pixels."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.finetune.detection.scenes import Scenes, small
+from tests.models.test_tower_of import FAMILIES, tower
+from vlbench.core.errors import UserError
+from vlbench.data.masks import to_bitmap
+from vlbench.finetune.detection.config import DetectionConfig
+from vlbench.finetune.detection.feed import DetectionFeed
+from vlbench.finetune.detection.model import TorchvisionDetector
+from vlbench.finetune.detection.neck import LEVELS, Pyramid, SimplePyramid
+from vlbench.finetune.detection.predict import detections
+from vlbench.models.tower_of import at_any_size
+from vlbench.train.distributed import Ranks
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+def detector(visual: torch.nn.Module, **values: object) -> TorchvisionDetector:
+    torch.manual_seed(0)
+    return TorchvisionDetector(visual, small(**values), n_classes=2, mean=MEAN, std=STD)
+
+
+def a_batch(**values: object) -> dict[str, torch.Tensor]:
+    config = small(steps=1, **values)
+    return next(DetectionFeed(Scenes(4), config).batches(None, config, start=0, here=Ranks(), pin=False))
+
+
+@pytest.mark.parametrize("arch", FAMILIES)
+def test_every_family_gives_losses_gradients_and_detections(arch: str) -> None:
+    torch.manual_seed(0)
+    visual = tower(arch)
+    model = detector(visual).train()
+    own = {f"visual.{name}": value for name, value in at_any_size(visual).state_dict().items()}
+    there = model.state_dict()
+    assert own
+    assert all(torch.equal(there[name], value) for name, value in own.items())
+    losses = model(a_batch())
+    assert set(losses) == {"loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg"}
+    torch.stack(list(losses.values())).sum().backward()
+    for name, parameter in model.named_parameters():  # distributed training would wait for what gets none
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    assert sum(parameter.requires_grad for parameter in model.visual.parameters()) > 3
+    model.eval()
+    for height, width in ((60, 100), (112, 96)):
+        (found,) = model.detect([torch.randint(0, 255, (3, height, width), dtype=torch.uint8)])
+        assert len(found) <= 100
+        assert (found.boxes_K4 >= 0).all()
+        assert (found.boxes_K4 <= np.array([width, height, width, height]) + 1e-3).all()
+        assert all(mask["size"] == [height, width] for mask in found.masks)
+        assert set(found.classes_K.tolist()) <= {0, 1}
+        assert (np.diff(found.scores_K) <= 0).all()
+
+
+def test_detections_are_in_pixels_of_the_stored_image() -> None:
+    """An image of 60 x 100 that was seen at 120 x 250: a box that is its right half, and a mask that fills it."""
+    found = {
+        "boxes": torch.tensor([[0.0, 0.0, 25.0, 12.0], [125.0, 0.0, 250.0, 120.0]]),
+        "scores": torch.tensor([0.3, 0.9]),
+        "labels": torch.tensor([1, 2]),
+        "masks": torch.ones(2, 1, 28, 28),
+    }
+    said = detections(found, size=(120, 250), stored=(60, 100))
+    assert said.boxes_K4.tolist() == [[50, 0, 100, 60], [0, 0, 10, 6]]
+    assert said.classes_K.tolist() == [1, 0]
+    assert said.scores_K.tolist() == pytest.approx([0.9, 0.3])
+    mask = to_bitmap(said.masks[0])
+    assert mask.shape == (60, 100)
+    assert mask[2:58, 52:98].all()
+    assert not mask[:, :48].any()
+
+
+def test_an_image_is_seen_the_same_alone_and_beside_a_larger_one() -> None:
+    """Padding is neither read nor found: the same boxes to rounding."""
+    torch.manual_seed(1)
+    visual = tower("timm:test_resnet")
+    model = detector(visual, score_threshold=0.0, detections=5, short_side=64, long_side=128).eval()
+    small_image = torch.randint(0, 255, (3, 64, 64), dtype=torch.uint8)
+    wide = torch.randint(0, 255, (3, 64, 128), dtype=torch.uint8)
+    prepared = model._prepared(torch.stack([F.pad(small_image, (0, 64)), wide]), [(64, 64), (64, 128)])
+    assert prepared.image_sizes == [(64, 64), (64, 128)]
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    assert torch.allclose(prepared.tensors[0, :, :, :64], (small_image / 255 - mean) / std, atol=1e-5)
+    assert not prepared.tensors[0, :, :, 64:].any()
+    (_, beside) = model.detect([small_image, wide]), model.detect([small_image, wide])
+    assert (beside[0].boxes_K4 <= 64.001).all()
+
+
+def test_freezing_is_what_the_settings_say() -> None:
+    visual = tower("timm:test_resnet")
+    batch = a_batch()
+
+    def moved(**values: object) -> tuple[set[str], set[str]]:
+        """Stages of which a parameter, or a statistic, changed in one step."""
+        model = detector(visual, **values).train()
+        before = copy.deepcopy(model.visual.state_dict())
+        learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.SGD(learning, lr=0.1)
+        torch.stack(list(model(batch).values())).sum().backward()
+        optimizer.step()
+        after = model.visual.state_dict()
+        names = {name for name in before if not torch.equal(before[name], after[name])}
+        kinds = ({n for n in names if "running" not in n and "num_b" not in n}, {n for n in names if "running" in n})
+        return tuple({n.split(".")[1][:6] for n in kind} for kind in kinds)
+
+    stages = {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
+    assert moved() == (stages, stages)  # its stem has norms too
+    assert moved(freeze_at=2) == ({"layer2", "layer3", "layer4"},) * 2
+    assert moved(backbone_norm="frozen")[1] == set()
+    assert moved(backbone="frozen") == (set(), set())
+    with pytest.raises(UserError, match="freeze_at 6: timm:test_resnet has 5 stages, the stem included"):
+        detector(tower("timm:test_resnet"), freeze_at=6)
+
+
+def test_a_frozen_backbone_computes_the_same_in_training() -> None:
+    model = detector(tower("timm:test_resnet"), backbone="frozen").train()
+    images = torch.randn(2, 3, 64, 64)
+    assert model.training
+    assert not model.visual.training
+    assert torch.equal(model.visual(images)[32], model.eval().visual(images)[32])
+
+
+def test_bf16_keeps_boxes_and_losses_in_float32() -> None:
+    model = detector(tower("timm:test_resnet")).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(a_batch())
+        seen = []
+        model.rpn.head.register_forward_hook(lambda module, args, out: seen.extend([*out[0], *out[1]]))
+        model(a_batch())
+    assert all(loss.isfinite() and loss.dtype == torch.float32 for loss in losses.values())
+    assert {level.dtype for level in seen} == {torch.float32}
+    torch.stack(list(losses.values())).sum().backward()
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        (found,) = model.detect([torch.randint(0, 255, (3, 96, 96), dtype=torch.uint8)])
+    assert found.boxes_K4.dtype == np.float32
+
+
+def test_necks_have_the_strides_and_the_layers_that_they_should() -> None:
+    conv, vit = at_any_size(tower("timm:test_resnet")), at_any_size(tower("timm:vit_tiny_patch16_224"))
+    images = torch.randn(1, 3, 96, 128)
+    for visual, kind, is_fpn in ((conv, "auto", True), (vit, "auto", False), (conv, "simple", False)):
+        pyramid = Pyramid(visual, kind=kind, channels=8, norm="none")
+        assert pyramid.is_fpn == is_fpn
+        maps = pyramid(images, visual)
+        assert list(maps) == list(LEVELS)
+        sizes = [tuple(maps[level].shape[1:]) for level in LEVELS]
+        assert sizes == [(8, 24, 32), (8, 12, 16), (8, 6, 8), (8, 3, 4), (8, 2, 2)]
+    normed = Pyramid(conv, kind="fpn", channels=8, norm="batch")
+    assert sum(isinstance(child, torch.nn.BatchNorm2d) for child in normed.modules()) == 8
+    with pytest.raises(UserError, match="has maps of strides 16, and a feature pyramid"):
+        Pyramid(vit, kind="fpn", channels=8, norm="none")
+
+
+def test_the_simple_pyramid_is_vitdets_in_float64() -> None:
+    torch.manual_seed(0)
+    simple = SimplePyramid(12, 6, stride=16).double()
+    for parameter in simple.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(2, 12, 4, 6, dtype=torch.float64)
+
+    def norm(values: torch.Tensor, layer: torch.nn.LayerNorm) -> torch.Tensor:
+        mean = values.mean(1, keepdim=True)
+        var = values.var(1, keepdim=True, unbiased=False)
+        gain, bias = layer.weight.view(1, -1, 1, 1), layer.bias.view(1, -1, 1, 1)
+        return (values - mean) / torch.sqrt(var + layer.eps) * gain + bias
+
+    def ends(values: torch.Tensor, layers: list) -> torch.Tensor:
+        one, first, three, second = layers
+        return norm(F.conv2d(norm(F.conv2d(values, one.weight), first), three.weight, padding=1), second)
+
+    def doubled(values: torch.Tensor, layer: torch.nn.ConvTranspose2d) -> torch.Tensor:
+        out = torch.einsum("bchw,cdij->bdhiwj", values, layer.weight)
+        batch, width, height, _, across, _ = out.shape
+        return out.reshape(batch, width, 2 * height, 2 * across) + layer.bias.view(1, -1, 1, 1)
+
+    four, eight, same, half = (list(level) for level in simple.levels)
+    found = simple(x)
+    gelu = lambda v: v * 0.5 * (1 + torch.erf(v / math.sqrt(2)))  # noqa: E731
+    assert torch.allclose(found["4"], ends(doubled(gelu(norm(doubled(x, four[0]), four[1])), four[3]), four[4:]))
+    assert torch.allclose(found["8"], ends(doubled(x, eight[0]), eight[1:]))
+    assert torch.allclose(found["16"], ends(x, same))
+    pooled = x.reshape(2, 12, 2, 2, 3, 2).amax((3, 5))
+    assert torch.allclose(found["32"], ends(pooled, half[1:]))
+    assert torch.equal(found["pool"], found["32"][:, :, ::2, ::2])
+
+
+def test_patches_of_fourteen_pixels_give_strides_that_are_powers_of_two() -> None:
+    visual = at_any_size(tower("timm:eva02_tiny_patch14_224"))
+    seen = []
+    visual.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape[-2:])))
+    pyramid = Pyramid(visual, kind="auto", channels=8, norm="none")
+    maps = pyramid(torch.randn(1, 3, 96, 128), visual)
+    assert seen[-1] == (84, 112)
+    assert maps["16"].shape[-2:] == (6, 8)
+
+
+def test_presets_say_what_they_publish_and_come_back_from_json() -> None:
+    for name in DetectionConfig.PRESETS:
+        config = DetectionConfig(preset=name)
+        assert DetectionConfig.model_validate(config.model_dump(mode="json")) == config
+    virtex = DetectionConfig(preset="virtex")
+    assert [round(mark * virtex.steps) for mark in virtex.schedule.milestones] == [120_000, 160_000]
+    assert (virtex.batch_size, virtex.optim.lr, virtex.neck_norm, virtex.freeze_at) == (16, 0.02, "batch", 0)
+    once = DetectionConfig(preset="1x")
+    assert [round(mark * once.steps) for mark in once.schedule.milestones] == [60_000, 80_000]
+    with pytest.raises(ValueError, match="long_side 700 is below a short side of 800"):
+        DetectionConfig(long_side=700, short_side=800)
+
+
+def test_images_without_objects_train_everything_a_little() -> None:
+    """Distributed training waits for a gradient of every parameter, whatever a rank's images hold."""
+    source = Scenes(3)
+    source.examples = [replace(one, regions=(), extra=one.extra | {"categories": ()}) for one in source.examples]
+    config = small(steps=1, empty_images="keep")
+    feed = DetectionFeed(source, config)
+    batch = next(feed.batches(None, config, start=0, here=Ranks(), pin=False))
+    assert batch["boxes_K4"].shape == (0, 4)
+    model = detector(tower("timm:test_resnet"), empty_images="keep").train()
+    losses = model(batch)
+    assert losses["loss_box_reg"] == losses["loss_mask"] == losses["loss_rpn_box_reg"] == 0
+    assert losses["loss_objectness"] > 0
+    torch.stack(list(losses.values())).sum().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []

@@ -1,0 +1,136 @@
+"""Detection and instance segmentation: the backbone as the body of a Mask R-CNN, tuned on annotated objects.
+
+One recipe for every backbone: a feature pyramid over its maps (ViTs: a simple one), Mask R-CNN's heads, one of two
+engines, one schedule (``preset``). Where the step is chosen (``select: best``) or a learning rate (``search``), a share
+of the training images decides; the published schedules take their last weights and learn from all images.
+
+What is reported are COCO's numbers for boxes and masks, ``mask_ap`` first. A row is an image, with its objects and what
+was found, so that tables, intervals and paired tests are made again without the data. The unit of sampling is the
+image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from vlbench.adapters.common.classification import estimates, overlap_note
+from vlbench.adapters.common.coco_rows import detection_outcomes, detection_rows
+from vlbench.adapters.common.held_out import held_out_by_image
+from vlbench.adapters.common.questions import CONSTANT, Chosen
+from vlbench.core.types import Estimate, Outcomes, Part, Provides, Rows, Source
+from vlbench.finetune.detection.config import DetectionConfig
+from vlbench.finetune.detection.types import Detections
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Detection:
+    """The adapter. Reports test, which a card may say is the data's val."""
+
+    name: ClassVar[str] = "detection"
+    Config: ClassVar[type[DetectionConfig]] = DetectionConfig
+    metric: ClassVar[str] = "mask_ap"
+    needs: ClassVar[frozenset[Part]] = frozenset({"image", "regions"})
+    requires: ClassVar[frozenset[Provides]] = frozenset({"pooled"})
+    splits: ClassVar[tuple[str, ...]] = ("train", "val", "test")
+    trains: ClassVar[bool] = True
+
+    def lack(self, config: DetectionConfig) -> str | None:
+        """Why these settings cannot run on this machine; None where they can."""
+        if config.engine != "detectron2":
+            return None
+        from vlbench.finetune.detection.detectron2_engine import detectron2_problem
+
+        return detectron2_problem()
+
+    def predict(self, encoder: Any, data: Any, config: DetectionConfig) -> Rows:
+        """One row an image, as ``common.coco_rows`` describes them."""
+        test = data.split("test")
+        card = encoder.backbone.card
+        if (card.loader, card.arch) == CONSTANT:
+            return detection_rows(test, [_nothing()] * len(test), meta={"chosen": {}, "notes": []})
+        learn, choose, roles, notes = _parts(encoder, data, config)
+        seen = {image for source in (learn, choose) if source is not None for image in encoder.image_digests(source)}
+        notes += overlap_note(seen, encoder.image_digests(test))
+        found, chosen = _tuned_detections(encoder, learn, choose, test, config, data.fingerprint(roles))
+        rows = detection_rows(test, found, meta={"chosen": chosen, "notes": notes})
+        if config.engine == "detectron2":
+            from vlbench.finetune.detection.detectron2_evaluation import second_opinion
+
+            rows = second_opinion(rows)
+        return rows
+
+    def outcomes(self, rows: Rows, config: DetectionConfig) -> dict[str, Outcomes]:
+        """``mask_ap``, ``box_ap`` and their kin."""
+        return detection_outcomes(rows)
+
+    def score(self, rows: Rows, config: DetectionConfig) -> dict[str, Estimate]:
+        """Every metric with its interval."""
+        return estimates(self.outcomes(rows, config))
+
+
+def _parts(
+    encoder: Any, data: Any, config: DetectionConfig
+) -> tuple[Source, Source | None, tuple[str, ...], list[str]]:
+    """What is learnt from, what is chosen on (None: nothing is chosen), the splits that these are of, and notes."""
+    train = data.split("train")
+    if config.select == "last" and not config.search:
+        return train, None, ("train",), []
+    if data.has("val"):
+        return train, data.split("val"), ("train", "val"), []
+    digests = encoder.image_digests(train)
+    held_N = held_out_by_image([(image,) for image in digests], config.held_out, where=data.spec)
+    learn, choose = (Chosen(train, np.flatnonzero(rows).tolist(), split=train.split) for rows in (~held_N, held_N))
+    note = f"chosen on {len(choose):,} of {len(train):,} training images"
+    return learn, choose, ("train",), [note]
+
+
+def _tuned_detections(
+    encoder: Any, learn: Source, choose: Source | None, test: Source, config: DetectionConfig, data_key: str
+) -> tuple[list[Detections], dict[str, Any]]:
+    from vlbench.finetune.detection.feed import DetectionFeed
+    from vlbench.finetune.detection.recipe import DetectionTuner, detect_all, renew_norms
+    from vlbench.finetune.run import finetune, work_folder
+
+    def judge(model: nn.Module) -> float:
+        assert choose is not None, "asked only where there is a choice"
+        return _value(choose, detect_all(model, choose, config, device=encoder.device))
+
+    card, feed = encoder.backbone.card, DetectionFeed(learn, config)
+    folder = work_folder(card.id, backbone=encoder.fingerprint, adapter="detection", config=config, data_key=data_key)
+    tuned = finetune(
+        DetectionTuner(encoder.backbone),
+        config,
+        feed=feed,
+        judge=judge if choose is not None else None,
+        folder=folder,
+        device=encoder.device,
+    )
+    renew_norms(tuned.module, feed, config)
+    found = detect_all(tuned.module, test, config, device=encoder.device, together=True)
+    chosen: dict[str, Any] = {"learning_rate": tuned.learning_rate, "step": tuned.step}
+    if choose is not None:
+        chosen |= {"held_out": tuned.value, "history": list(tuned.history)}
+    return found, chosen
+
+
+def _value(source: Source, found: Sequence[Detections]) -> float:
+    """Mask AP, or box AP where there are no masks."""
+    numbers = detection_rows(source, found).meta["coco"]
+    return float(numbers.get("mask_ap", numbers["box_ap"]))
+
+
+def _nothing() -> Detections:
+    return Detections(
+        boxes_K4=np.zeros((0, 4), dtype=np.float32),
+        scores_K=np.zeros(0, dtype=np.float32),
+        classes_K=np.zeros(0, dtype=np.int64),
+        masks=(),
+    )
+
+
+ADAPTER = Detection()

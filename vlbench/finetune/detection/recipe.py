@@ -1,0 +1,155 @@
+"""Mask R-CNN as a recipe of fine-tuning: which model, which loss, and how a tuned one is asked.
+
+Shapes: none; see batch.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as tf
+
+from vlbench.core.errors import BadExample, UserError
+from vlbench.core.types import Source
+from vlbench.data.images import decode
+from vlbench.finetune.detection.config import DetectionConfig
+from vlbench.finetune.detection.feed import DetectionFeed
+from vlbench.finetune.detection.types import Detections
+from vlbench.finetune.recipe import FineTuner
+from vlbench.models.tower_of import tower_of
+from vlbench.train.distributed import Ranks, gather_objects, mean_over_ranks, ranks
+
+LARGEST_BATCH = 16
+"""Images in which objects are looked for at once, at most."""
+
+
+class DetectionTuner(FineTuner):
+    """A detector over one backbone, whose weights are copied.
+
+    Args:
+        backbone: with an image tower that has maps.
+    """
+
+    name = "detection"
+
+    def __init__(self, backbone: Any) -> None:
+        self.tower = tower_of(backbone)
+        self.card = backbone.card
+
+    def build(self, config: DetectionConfig, classes: Sequence[str]) -> nn.Module:
+        """The engine's model. Under distributed training on GPUs its batch norms count the images of all of them.
+
+        Raises:
+            UserError: where the tower does not suit it, or the engine is not there.
+        """
+        assert self.card is not None, "set when it was made"
+        mean, std = self.card.preprocess.mean, self.card.preprocess.std
+        model: nn.Module
+        if config.engine == "detectron2":
+            from vlbench.finetune.detection.detectron2_engine import build_detectron2
+
+            model = build_detectron2(self.tower, config, n_classes=len(classes), mean=mean, std=std)
+        else:
+            from vlbench.finetune.detection.model import TorchvisionDetector
+
+            model = TorchvisionDetector(self.tower, config, n_classes=len(classes), mean=mean, std=std)
+        if ranks().world > 1 and "nccl" in str(dist.get_backend()):
+            from timm.layers import convert_sync_batchnorm
+
+            model = convert_sync_batchnorm(model)
+        return model
+
+    def loss(self, model: nn.Module, batch: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+        """The sum of the engine's losses, and each of them."""
+        parts = {name: value.float() for name, value in model(batch).items()}
+        total = torch.stack(list(parts.values())).sum()
+        return {"loss": mean_over_ranks(total), **{name: mean_over_ranks(value) for name, value in parts.items()}}
+
+
+@torch.no_grad()
+def detect_all(
+    model: nn.Module, source: Source, config: DetectionConfig, *, device: torch.device | str, together: bool = False
+) -> list[Detections]:
+    """What a tuned model finds in every image of a source, in its order.
+
+    Args:
+        model: in evaluation mode, on ``device``.
+        source: of images.
+        config: ``precision``, ``workers``, ``batch_size``.
+        device: where the model is.
+        together: whether all ranks call it and divide the images; all get all detections.
+
+    Raises:
+        BadExample: where an image cannot be read: a test set with a hole would give another number.
+    """
+    here = ranks() if together else Ranks()
+    mine = range(here.rank, len(source), here.world)
+    found: list[Detections] = []
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.precision == "bf16")
+    for images in _stored_images(source, mine, config):
+        with autocast:
+            found += model.detect(images)  # type: ignore[operator]
+    if here.world == 1:
+        return found
+    shares = gather_objects(found)
+    return [shares[index % here.world][index // here.world] for index in range(len(source))]
+
+
+@torch.no_grad()
+def renew_norms(model: nn.Module, feed: DetectionFeed, config: DetectionConfig) -> None:
+    """Take the statistics of batch norm anew over ``config.precise_norm`` training batches (PreciseBN, 2105.07576).
+
+    The running averages of training are of weights that have moved on; these are the plain means over batches of the
+    weights that are kept. The batches are those that training would have read next.
+    """
+    norms = [child for child in model.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)]
+    if not norms or not config.precise_norm:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative mean
+    device = next(model.parameters()).device
+    on = config.model_copy(update={"steps": config.steps + config.precise_norm, "accumulate": 1})
+    model.train()
+    for batch in feed.batches(None, on, start=config.steps, here=Ranks(), pin=False):
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            model({name: tensor.to(device) for name, tensor in batch.items()})
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+    model.eval()
+
+
+class _Stored(Dataset[torch.Tensor | BadExample | UserError]):
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __getitem__(self, index: int) -> torch.Tensor | BadExample | UserError:
+        try:
+            example = self.source[index]
+            assert example.image is not None, "a source of regions has images"
+            return tf.pil_to_tensor(decode(example.image, where=example.id))
+        except (BadExample, UserError) as error:  # raised in a loader process, it would arrive as a traceback
+            return error
+
+
+def _stored_images(source: Source, indices: Sequence[int], config: DetectionConfig) -> Iterator[list[torch.Tensor]]:
+    """Batches of uint8 images of their stored size."""
+    loader: DataLoader[Any] = DataLoader(
+        _Stored(source),
+        batch_size=min(config.batch_size, LARGEST_BATCH),
+        sampler=indices,
+        collate_fn=list,
+        num_workers=config.workers,
+        multiprocessing_context="fork" if config.workers else None,
+    )
+    for images in loader:
+        for image in images:
+            if isinstance(image, Exception):
+                raise image
+        yield images
