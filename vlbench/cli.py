@@ -187,6 +187,13 @@ def _eval(sub: _Parser) -> None:
     sub.add_argument(
         "--data-root", metavar="DIR", help="where task cards look for data (default: $VLBENCH_DATA or ./data)"
     )
+    sub.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting of the tasks' protocol (preset=paper, search=[0.3,1,3]); stored under a name of its own",
+    )
     _results(sub)
     sub.add_argument("--batch-size", type=int, default=128, help="images per forward pass (default: 128)")
     sub.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the forward pass")

@@ -12,7 +12,7 @@ from vlbench.core.cards import dataset_cards, suites, task_cards
 from vlbench.core.catalog import ADAPTERS
 from vlbench.core.config import parse
 from vlbench.core.errors import UserError
-from vlbench.verbs.selection import find_data, own_card, select
+from vlbench.verbs.selection import find_data, own_card, select, with_settings
 
 
 def _names(selection) -> list[str]:
@@ -213,3 +213,28 @@ def test_choosing_tasks_loads_no_torch() -> None:
         "select('zeroshot,linear', data=(), root=pathlib.Path('.')); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_other_settings_are_a_task_of_their_own() -> None:
+    (choice,) = select("vqa/shapes", data=[], root=Path("/nowhere")).choices
+    changed = with_settings(choice, ["optim.lr=1e-3", "search=[0.3, 1, 3]"])
+    assert changed.card.name == "vqa/shapes-optim.lr-1e-3-search-0.3-1-3"
+    assert changed.card.kind == "vqa"
+    assert changed.card.protocol == {"preset": "tiny", "optim": {"lr": 1e-3}, "search": [0.3, 1, 3]}
+    assert choice.card.protocol == {"preset": "tiny"}
+    assert changed.card.fingerprint() != choice.card.fingerprint()
+    config = parse(ADAPTERS.get("vqa").Config, changed.card.protocol, where="here")
+    plain = parse(ADAPTERS.get("vqa").Config, choice.card.protocol, where="here")
+    assert config.optim.lr == 1e-3
+    assert config.search == (0.3, 1.0, 3.0)
+    assert config.optim.clip_norm == plain.optim.clip_norm, "the preset's other values stay"
+    long = with_settings(choice, [f"init={'x' * 200}"])
+    assert len(long.card.name) < 40
+
+
+def test_wrong_settings_name_the_nearest() -> None:
+    (choice,) = select("knn/shapes", data=[], root=Path("/nowhere")).choices
+    with pytest.raises(UserError, match="--set k: write it as key=value"):
+        with_settings(choice, ["k"])
+    with pytest.raises(UserError, match="unknown key 'kk'; did you mean 'k'"):
+        parse(ADAPTERS.get("knn").Config, with_settings(choice, ["kk=3"]).card.protocol, where="task knn/shapes")

@@ -64,6 +64,23 @@ def override(config: C, assignments: Iterable[str]) -> C:
     return parse(type(config), values, where="--set " + " ".join(assignments))
 
 
+def tree(assignments: Iterable[str]) -> dict[str, Any]:
+    """``key.path=value`` assignments as nested mappings, values read as ``override`` reads them; nothing is checked."""
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        path, separator, text = assignment.partition("=")
+        if not separator or not path:
+            raise UserError(f"--set {assignment}: write it as key=value, for instance optim.lr=3e-4")
+        *parents, last = path.split(".")
+        node = values
+        for part in parents:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise UserError(f"--set {assignment}: {part} is a value there, not a group of settings")
+        node[last] = _scalar(text)
+    return values
+
+
 def difference(config: Config, base: Config) -> dict[str, tuple[Any, Any]]:
     """The settings in which ``config`` differs from ``base``: dotted key → (base's value, config's value)."""
     mine, theirs = flatten(config.model_dump(mode="json")), flatten(base.model_dump(mode="json"))

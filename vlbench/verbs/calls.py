@@ -40,6 +40,7 @@ EVAL_DEFAULTS = {
     "name": None,
     "data": None,
     "data_root": None,
+    "set": (),
     "results": "results",
     "batch_size": 128,
     "precision": "fp32",

@@ -30,7 +30,7 @@ from vlbench.store.results import NO_EXAMPLES
 from vlbench.verbs import crew as crews
 from vlbench.verbs import machine
 from vlbench.verbs.precision import bf16_difference, say_difference
-from vlbench.verbs.selection import Choice, Selection, Skip, select
+from vlbench.verbs.selection import Choice, Selection, Skip, select, with_settings
 from vlbench.verbs.serving import serve
 from vlbench.verbs.session import Session, open_session
 from vlbench.verbs.summary import Done, percent, print_summary
@@ -91,6 +91,9 @@ def _lead(args: argparse.Namespace, crew: crews.Crew) -> int:
         root = Path(args.data_root).expanduser() if args.data_root else data_root()
         data = [args.data] if isinstance(args.data, str) else list(args.data or ())
         selection = select(args.tasks, data=data, root=root)
+        if getattr(args, "set", None):
+            choices = tuple(with_settings(choice, args.set) for choice in selection.choices)
+            selection = replace(selection, choices=choices)
         lenient = getattr(args, "skip_unsuitable", False)
         if lenient:
             wishes = tuple(replace(choice, named=False) for choice in selection.choices)

@@ -9,17 +9,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vlbench.core.cards import DatasetCard, TaskCard, dataset_cards, suites, task_cards
 from vlbench.core.catalog import ADAPTERS
+from vlbench.core.config import tree
 from vlbench.core.errors import UserError
+from vlbench.core.fingerprint import fingerprint
 from vlbench.core.names import slug, unknown
 
 _SHOWN = 4  # places named where data are absent
+_LONGEST = 60  # letters of settings in a task's name, which is a file's name
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,25 @@ def find_data(card: TaskCard | DatasetCard, root: Path) -> str | None:
         return choice.spec if choice is not None else None
     place = _find(card.data, root)
     return place[0] if place else None
+
+
+def with_settings(choice: Choice, assignments: Sequence[str]) -> Choice:
+    """The choice under other settings of its adapter (``--set``), and another name: it is another column of a table."""
+    card = choice.card
+    protocol = _merged(card.protocol, tree(assignments))
+    said = slug("-".join(assignments))
+    name = f"{card.name}-{said if len(said) <= _LONGEST else fingerprint(list(assignments))}"
+    title = f"{card.title}, {', '.join(assignments)}"
+    return replace(choice, card=card.model_copy(update={"name": name, "title": title, "protocol": protocol}))
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``above`` over ``below``, group of settings by group."""
+    whole = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(whole.get(key), Mapping)
+        whole[key] = _merged(whole[key], value) if both else value
+    return whole
 
 
 def own_card(kind: str, spec: str) -> TaskCard:
