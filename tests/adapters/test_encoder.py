@@ -183,7 +183,7 @@ def test_arithmetic_mode_switches_off_tf32_and_nothing_else(
     before = matmul.allow_tf32
     matmul.allow_tf32 = True
     try:
-        with Encoder(MeanColour(), None)._mode():
+        with Encoder(MeanColour(), None).mode():
             assert getattr(cudnn, name) is value
             assert not cudnn.allow_tf32
             assert not matmul.allow_tf32

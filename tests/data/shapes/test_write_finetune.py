@@ -17,6 +17,7 @@ from vlbench.core.errors import UserError
 from vlbench.data.refer_convert import convert
 from vlbench.data.shapes import hypotheses, questions
 from vlbench.data.shapes.draw import render
+from vlbench.data.shapes.pairs import SENTENCES_PER_SET
 from vlbench.data.shapes.scene import Scene, sample_scene
 from vlbench.data.shapes.world import GROUPS, STREAMS, TINY, Sizes
 from vlbench.data.shapes.write import read_manifest, write_world
@@ -226,7 +227,7 @@ def test_sentences_do_not_tell_their_truth(world, split):
         labels.setdefault(example.extra["group"], []).append(example.label)
         pairs.setdefault(image_set(example.id), set()).add(example.extra["image_key"])
     assert all(sorted(group) in ([0, 1], [0, 0, 1, 1]) for group in labels.values())
-    assert len(labels) == 4 * len(pairs)
+    assert len(labels) == SENTENCES_PER_SET * len(pairs)
     assert max(map(len, pairs.values())) == 4
 
 
