@@ -268,3 +268,15 @@ def test_chosen_entries_are_digested_without_reading_them_again(root: Path) -> N
         source.__class__.__getitem__ = before  # type: ignore[method-assign]
     assert found.images == tuple(whole.images[place] for place in places)
     assert found.examples == tuple(whole.examples[place] for place in places)
+
+
+def test_a_group_larger_than_the_share_is_learnt_from() -> None:
+    """Pairs that hang together by their images: one group of ninety beside five of one."""
+    chain = [(f"a{number}", f"a{number + 1}") for number in range(90)]
+    single = [(f"b{number}", f"c{number}") for number in range(5)]
+    for seed in range(6):
+        pairs = [chain[place] if place < 90 else single[place - 90] for place in range(95)]
+        renamed = [tuple(f"{seed}{name}" for name in pair) for pair in pairs]
+        held_N = held_out_by_image(renamed, 0.1, where="x")
+        assert 1 <= held_N.sum() <= 5
+        assert not held_N[:90].any()

@@ -269,7 +269,7 @@ class _Judging:
         with torch.no_grad():
             value = float(self.work.judge(module))
         if not math.isfinite(value):
-            raise RunError(f"{self.folder}: the value on held-out data is {value} after {step} steps; lower optim.lr")
+            raise Diverged(f"{self.folder}: the value on held-out data is {value} after {step} steps; lower optim.lr")
         return value
 
 

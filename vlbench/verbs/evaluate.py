@@ -170,6 +170,9 @@ def prepare(choice: Choice, session: Session) -> Job:
     content = {"data": data.fingerprint(tuple(splits)), "classes": list(reported.classes or ())}
     if prompted:
         content |= {"classes": list(data.classnames), "templates": list(data.templates)}
+    files = config.contents() if hasattr(config, "contents") else []
+    if files:  # what settings name by a path decides numbers like the data
+        content |= {"files": files}
     ref = DataRef(spec=choice.said, split=reported.split, n=len(reported), fingerprint=fingerprint(content))
     sizes = {split: len(data.split(split)) for split in splits}
     counted = (*_size_notes(sizes, card.expected_sizes), *class_notes(data.own_classes, card.expected_classes))

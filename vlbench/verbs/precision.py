@@ -11,7 +11,7 @@ from vlbench.core.types import Result, Rows
 if TYPE_CHECKING:
     from vlbench.verbs.evaluate import Job
 
-_SAID_OF_AN_EXAMPLE = ("pred", "rank", "correct")
+_SAID_OF_AN_EXAMPLE = ("pred", "rank", "correct", "prediction", "chosen")
 """Columns that hold what a model says of an example; the first that is there counts."""
 
 

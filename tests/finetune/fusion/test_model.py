@@ -212,3 +212,13 @@ def test_what_the_output_does_not_depend_on_is_not_trained() -> None:
     net, _ = trained()
     frozen = {name for name, p in net.named_parameters() if not p.requires_grad}
     assert frozen == {"visual.tower.joint.weight", "visual.tower.joint.bias"}
+
+
+@pytest.mark.parametrize("head", [ClassHead(3), RegionHead()])
+def test_logits_are_float32_under_autocast(head: Any) -> None:
+    """In bfloat16 answers tie, and the first of them would win."""
+    asked = batch(TEXTS, regions=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(head).eval()(asked)
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())

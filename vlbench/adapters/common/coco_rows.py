@@ -80,7 +80,8 @@ def detection_outcomes(rows: Rows) -> dict[str, Outcomes]:
     are read in the order of the ids, as COCO's code reads them, so that the order of the rows changes nothing.
 
     Raises:
-        UserError: where there is no object, or a number differs from the library's that the rows carry.
+        UserError: where there is no object, all of them are in one image, or a number differs from the library's that
+            the rows carry.
     """
     ids, images = [str(name) for name in rows["id"]], [str(name) for name in rows["image"]]
     placed = _scenes(rows)
@@ -92,7 +93,21 @@ def detection_outcomes(rows: Rows) -> dict[str, Outcomes]:
             _check(metric, found.value, rows.meta.get("coco", {}))
             values_N[place_N] = pseudo_values(found)
             outcomes[metric] = Outcomes(ids, values_N, images, binary=False, pseudo=True)
+    if not outcomes:  # there are objects, and none without one of the images
+        raise UserError("all objects lie in one image: average precision has no interval; report on more images")
     return outcomes
+
+
+def check_images(source: Source) -> None:
+    """What would stop ``detection_rows``, before there are detections: every image by its header alone.
+
+    Raises:
+        UserError: where an image is of another size than its annotations say.
+        BadExample: where an entry of the source is broken.
+    """
+    for index in range(len(source)):
+        example = source[index]
+        _sides(example, f"{source.spec} ({source.split}): {example.id}")
 
 
 # ------------------------------------------------------------------------------------------------------- to rows

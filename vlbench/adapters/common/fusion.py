@@ -11,14 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vlbench.adapters.common.region_features import region_features, visual_reader
 from vlbench.core.errors import UserError
-from vlbench.core.files import sha256
 from vlbench.core.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -68,6 +66,7 @@ def tune_and_answer(
         UserError: for a backbone that cannot be read or trained so, data that do not suit the head, bad features.
         RunError: as ``finetune.run.finetune``.
     """
+    from vlbench.adapters.encoder import FEATURES_VERSION
     from vlbench.finetune.fusion.feed import QuestionFeed
     from vlbench.finetune.fusion.recipe import FusionTuner, answers
     from vlbench.finetune.run import finetune, work_folder
@@ -78,17 +77,20 @@ def tune_and_answer(
     views = ViewsOf(encoder, config, visual)
     learnt, chosen_on = views(train), views(held_out)
     recipe = FusionTuner(head, learnt.sight, visual=visual, card=card)
+    feed = QuestionFeed(train, learnt, head)
+    # The order of the questions decides a run, and the data's own fingerprint knows none.
+    order = [{key: value for key, value in said.items() if key != "spec"} for said in feed.identity()]
     folder = work_folder(
         card.id,
-        backbone=fingerprint([encoder.fingerprint, encoder.precision]),
+        backbone=fingerprint([encoder.fingerprint, encoder.precision, FEATURES_VERSION]),
         adapter="fusion",
         config=config,
-        data_key=fingerprint([data_key, repr(head), _contents_of(config)]),
+        data_key=fingerprint([data_key, repr(head), order, config.contents()]),
     )
     tuned = finetune(
         recipe,
         config,
-        feed=QuestionFeed(train, learnt, head),
+        feed=feed,
         judge=lambda model: judge(answers(model, held_out, chosen_on, config, device=encoder.device)),
         folder=folder,
         device=encoder.device,
@@ -170,25 +172,6 @@ def _check(head: Head, train: Questions, config: FusionConfig) -> None:
         raise UserError("a region is chosen among the boxes of an image, and these questions come without any")
     if head.reads_regions and max(train.targets) >= config.max_regions:
         raise UserError(f"a training question means region {max(train.targets)}, the first being 0; raise max_regions")
-
-
-def _contents_of(config: FusionConfig) -> list[str]:
-    """What lies in the files that a model begins with and reads: a path alone does not say it.
-
-    Region features are too large to be digested: their files' sizes and times stand for them.
-    """
-    found: list[str] = []
-    if config.features is not None:
-        features = Path(config.features).expanduser()
-        files = sorted(features.rglob("*.npz")) if features.is_dir() else [features]
-        found += [fingerprint([[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files])]
-    for start in (config.init, config.bert):
-        path = Path(start).expanduser() if start is not None else None
-        if path is not None and path.is_dir():
-            found += [sha256(file) for file in sorted(path.glob("*")) if file.suffix in (".pt", ".bin", ".safetensors")]
-        elif path is not None and path.is_file():
-            found.append(sha256(path))
-    return found
 
 
 def _notes(model: Any, config: FusionConfig, splits: Mapping[str, Questions]) -> list[str]:

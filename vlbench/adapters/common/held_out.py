@@ -44,12 +44,15 @@ def held_out_by_image(
     wanted = share * sum(map(len, members.values()))
     # By the digest of the whole group: by its smallest image's, large groups would come first.
     queue = sorted(members, key=lambda group: fingerprint(sorted(members[group])))
+    # A group larger than all that is wanted would leave too little to learn from; without others, the smallest goes.
+    small = [group for group in queue if len(members[group]) <= max(wanted, 1)]
+    small = small or [min(queue, key=lambda group: len(members[group]))]
     held: set[str] = set()
     count = 0
-    for group in queue[:-1]:
+    for group in small[: len(queue) - 1]:
         # The first is taken whatever its size; another only where it brings the count nearer to what is wanted.
         if held and abs(count + len(members[group]) - wanted) > abs(count - wanted):
-            break
+            continue
         held.add(group)
         count += len(members[group])
     return np.array([group in held for group in kin_N], dtype=bool)

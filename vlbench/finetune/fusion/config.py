@@ -9,10 +9,13 @@ the embedded world. An adapter's Config names those of its own task:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from vlbench.core.files import sha256
+from vlbench.core.fingerprint import fingerprint
 from vlbench.finetune.config import FinetuneConfig
 from vlbench.models.stream_config import StreamConfig
 
@@ -33,6 +36,9 @@ _PAPER_RUN: dict[str, Any] = {
     "checkpoint_every": 1000,
     "judge_every": 1000,
 }
+
+WORDS_STEP = 4
+"""Words are padded to a multiple of it, so that there are few different shapes."""
 
 
 def _paper(*, lr: float, clip_norm: float = 5.0, warmup: int, **values: Any) -> dict[str, Any]:
@@ -113,8 +119,36 @@ class FusionConfig(FinetuneConfig):
     def _read_together(self) -> Self:
         if self.init is not None and self.bert is not None:
             raise ValueError("init and bert are two starts; give one")
-        if self.max_words > self.stream.positions:
-            raise ValueError(f"max_words {self.max_words} is more than stream.positions {self.stream.positions}")
+        padded = -(-self.max_words // WORDS_STEP) * WORDS_STEP
+        if padded > self.stream.positions:
+            raise ValueError(
+                f"max_words {self.max_words}, padded to {padded}, is more than stream.positions {self.stream.positions}"
+            )
         if self.features is not None and self.backbone == "trained":
             raise ValueError("features are fixed: nothing of a backbone is read that could be trained; leave one out")
         return self
+
+    def contents(self) -> list[str]:
+        """What lies in the files that a model begins with and reads: a path alone does not say it.
+
+        Region features are too large to be digested: their files' sizes and times stand for them. What is not there is
+        an error of whoever reads it.
+        """
+        found: list[str] = []
+        if self.features is not None:
+            features = Path(self.features).expanduser()
+            files = sorted(features.rglob("*.npz")) if features.is_dir() else [features]
+            seen = [(file.name, file.stat()) for file in files if file.is_file()]
+            found += [fingerprint([[name, stat.st_size, stat.st_mtime_ns] for name, stat in seen])]
+        for start in (self.init, self.bert):
+            path = Path(start).expanduser() if start is not None else None
+            if path is not None and path.is_dir():
+                found += [sha256(file) for file in sorted(path.glob("*")) if _decides(file)]
+            elif path is not None and path.is_file():
+                found.append(sha256(path))
+        return found
+
+
+def _decides(file: Path) -> bool:
+    """Whether a file of a model's folder moves its numbers: weights, and what texts are cut by."""
+    return file.suffix in (".pt", ".bin", ".safetensors") or file.name in ("vocab.txt", "tokenizer.json")

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from vlbench.core.errors import UserError
 from vlbench.core.fingerprint import canonical_json
 from vlbench.data.stream import BadTally
+from vlbench.finetune.fusion.config import WORDS_STEP
 from vlbench.finetune.fusion.heads import Head
 from vlbench.finetune.fusion.questions import Questions
 from vlbench.finetune.fusion.views import Views
@@ -26,7 +27,6 @@ from vlbench.train.batches import Batch, Positions
 from vlbench.train.distributed import Ranks
 
 _PREFETCH = 4  # batches that each loader process keeps ready
-_LENGTH_STEP = 4  # words are padded to a multiple of it, so that there are few different shapes
 
 
 class QuestionFeed:
@@ -118,7 +118,7 @@ def question_batch(rows: Sequence[Sequence[int]], views: Views, chosen: Sequence
         chosen: which questions.
     """
     words = [rows[question] for question in chosen]
-    length = -(-max(map(len, words)) // _LENGTH_STEP) * _LENGTH_STEP
+    length = -(-max(map(len, words)) // WORDS_STEP) * WORDS_STEP
     words_BL = torch.zeros(len(words), length, dtype=torch.long)
     for row_L, pieces in zip(words_BL, words, strict=True):
         row_L[: len(pieces)] = torch.tensor(pieces)

@@ -97,11 +97,16 @@ class FusionModel(nn.Module):
         text_NLD, region_NRD = self.stream(text_NLD, words_NL != 0, region_NRD, valid_NR)
         if self.reads_regions:
             boxes_NR = batch["valid_BVR"].flatten(0, 1)  # without the whole image, which comes last
-            logits_BR: torch.Tensor = self.head(region_NRD[:, : boxes_NR.shape[1]])
-            return logits_BR.float().masked_fill(~boxes_NR, NO_REGION)
+            logits_BR = self._answered(region_NRD[:, : boxes_NR.shape[1]])
+            return logits_BR.masked_fill(~boxes_NR, NO_REGION)
         pooled_ND = self.dropout(self._pooled(text_NLD, words_NL))
-        logits_BC: torch.Tensor = self.head(pooled_ND.reshape(len(words_BL), -1))
-        return logits_BC
+        return self._answered(pooled_ND.reshape(len(words_BL), -1))
+
+    def _answered(self, hidden_XD: torch.Tensor) -> torch.Tensor:
+        # In bfloat16 one in forty questions would have two answers of the same logit, and the first would be taken.
+        with torch.autocast(hidden_XD.device.type, enabled=False):
+            logits: torch.Tensor = self.head(hidden_XD.float())
+        return logits
 
     def _pooled(self, text_NLD: torch.Tensor, words_NL: torch.Tensor) -> torch.Tensor:
         if self.pooler is not None:
