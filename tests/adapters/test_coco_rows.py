@@ -237,3 +237,11 @@ def test_rows_that_no_longer_give_the_librarys_number_are_refused(stored) -> Non
     changed = Rows(rows.columns, {**rows.meta, "coco": {**rows.meta["coco"], "box_ap": 0.9}})
     with pytest.raises(UserError, match=r"box_ap of these rows is 0.* where faster-coco-eval gave 0.900000"):
         detection_outcomes(changed)
+
+
+def test_objects_in_one_image_alone_have_no_interval(tmp_path) -> None:
+    first, *others = some_scenes(11, n=5)
+    scenes = [first, *map(nothing_there, others)]
+    rows = detection_rows(open_source(written(tmp_path, scenes), "val"), detections_of(scenes))
+    with pytest.raises(UserError, match=r"all objects lie in one image: .* no interval; report on more images"):
+        detection_outcomes(rows)

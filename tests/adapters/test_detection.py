@@ -17,6 +17,7 @@ from vlbench.core.cards import task_cards
 from vlbench.core.errors import UserError
 from vlbench.core.fingerprint import fingerprint
 from vlbench.finetune.detection.config import DetectionConfig
+from vlbench.models.load import load_backbone
 
 
 class Data:
@@ -135,3 +136,40 @@ def test_cards_are_read_and_the_adapter_loads_without_torch() -> None:
     code = "import sys, vlbench.adapters.detection; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert detection.Detection.trains
+
+
+@pytest.mark.parametrize("where", ["test", "val"])
+@pytest.mark.parametrize(
+    ("classes", "line"),
+    [
+        (("disc", "square"), "'scenes': class 0 is 'square' in train and 'disc' in {}; give both files one list of"),
+        (("square",), "'scenes': class 1 is 'disc' in train and absent in {}; give"),
+        (("square", "disc", "cross"), "'scenes': class 2 is absent in train and 'cross' in {}; give"),
+    ],
+)
+def test_splits_that_number_their_classes_differently_are_refused_before_training(
+    monkeypatch, where, classes, line
+) -> None:
+    splits = {"train": Scenes(3), "val": Scenes(2, split="val"), "test": Scenes(2, split="test")}
+    splits[where].classes = classes
+    calls = watched(monkeypatch)
+    with pytest.raises(UserError, match=line.format(where)):
+        ADAPTER.predict(encoder(), Data(**splits), small(steps=2))
+    assert not calls
+
+
+@pytest.mark.parametrize("where", ["test", "val"])
+def test_judged_images_of_another_size_are_refused_before_training(monkeypatch, where) -> None:
+    splits = {"train": Scenes(3), "val": Scenes(2, split="val"), "test": Scenes(2, split="test")}
+    splits[where].examples[1].extra["height"] = 80
+    calls = watched(monkeypatch)
+    with pytest.raises(UserError, match=rf"{where}1: the image has 96 x 96 pixels .* annotations say 80 x 96"):
+        ADAPTER.predict(encoder(), Data(**splits), small(steps=2))
+    assert not calls
+
+
+def test_a_blind_model_that_is_tuned_finds_next_to_nothing() -> None:
+    data = Data(train=Scenes(6), test=Scenes(6, seed=5, split="test"))
+    blind = Encoder(load_backbone("baseline:shuffled"), None)
+    rows = ADAPTER.predict(blind, data, small(steps=12, select="last"))
+    assert ADAPTER.score(rows, small())["mask_ap"].value < 0.05

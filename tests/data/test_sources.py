@@ -70,3 +70,11 @@ def test_subset_keeps_ids_and_labels_together(folder):
     assert list(subset.labels()) == [1, 0]
     assert subset[0] == source[4]
     assert (len(subset), subset.split, subset.classes) == (2, "test", ("cat", "dog"))
+
+
+def test_subset_knows_regions_where_its_source_does(folder):
+    source = open_source(f"imagefolder:{folder}")
+    assert not hasattr(Subset(source, [4, 0], split="test"), "regions_of")
+    source.regions_of = lambda index: (index,)
+    inner = Subset(Subset(source, [4, 0, 2], split="test"), [2, 0], split="test")
+    assert [inner.regions_of(index) for index in (0, 1)] == [(2,), (4,)]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.data.making import png, write_files
 from vlbench.core.errors import UserError
 from vlbench.data.digests import image_digests
+from vlbench.data.sources import Subset, open_source
 from vlbench.data.taskdata import TaskData
-from vlbench.data.transfer import match_classes
+from vlbench.data.transfer import Relabelled, match_classes
 
 
 def match(test, train, *, test_names=None, train_names=None):
@@ -91,3 +94,14 @@ def test_the_fingerprint_covers_both_sets(folders):
     (folders / "shift" / "doe" / "0.png").write_bytes(png(8))
     seen.add(fingerprint())
     assert len(seen) == 3
+
+
+def test_classes_of_objects_are_relabelled_too(folders):
+    source = open_source(f"imagefolder:{folders}/learn")
+    learnt = Subset(source, [0, 1], split="train")
+    objects = replace(source[0], extra={"categories": (0, 3, 3), "height": 4})
+    learnt._source = [objects, source[1]]
+    seen = Relabelled(learnt, ["doe", "bee", "ant", "cow"], [2, 1, 3, 0])
+    assert seen[0].extra == {"categories": (2, 0, 0), "height": 4}
+    assert objects.extra["categories"] == (0, 3, 3)
+    assert seen[1].extra == source[1].extra

@@ -54,6 +54,8 @@ def test_set_changes_one_value_and_keeps_the_preset() -> None:
         ({"search": [1, 0]}, "expected different factors above 0"),
         ({"search": [1, 1]}, "expected different factors above 0"),
         ({"shard": True}, "shard: the first rank judges the whole model"),
+        ({"loss_block": 8}, "loss_block: for losses that compare a batch's images with its texts; leave it out"),
+        ({"grad_cache": True, "batch_size": 8, "accumulate": 2}, "grad_cache: for losses that compare"),
         ({"schedule": {"kind": "milestones"}}, "kind=milestones wants milestones"),
         ({"held_out": 1}, "held_out"),
     ],

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from vlbench.core.cards import ModelCard, Preprocess
@@ -15,8 +16,8 @@ from vlbench.core.types import Features
 from vlbench.models import wrap
 from vlbench.models.export import export_visual
 from vlbench.models.load import load_backbone
-from vlbench.models.tower_of import at_any_size, map_channels, tower_of
-from vlbench.models.towers import ClipTimmTower
+from vlbench.models.tower_of import _TorchvisionMaps, at_any_size, map_channels, tower_of
+from vlbench.models.towers import ClipTimmTower, TorchvisionTower
 from vlbench.models.vision import VisualConfig, build_visual
 
 FAMILIES = {
@@ -33,6 +34,13 @@ FAMILIES = {
     "open_clip:RN50": ({"layers": [1, 1, 1, 1], "width": 8}, "convolutional"),
     "open_clip:ViT-B-32": ({"layers": 2, "width": 32, "heads": 2, "patch_size": 16}, "transformer"),
 }
+DENSENET = [
+    ["conv0", "norm0"],
+    ["denseblock1"],
+    ["transition1", "denseblock2"],
+    ["transition2", "denseblock3"],
+    ["transition3", "denseblock4", "norm5"],
+]
 ONE_STRIDE = {"timm:vit_tiny_patch16_224": 16, "timm:eva02_tiny_patch14_224": 14, "open_clip:ViT-B-32": 16}
 
 
@@ -182,3 +190,25 @@ def test_looking_at_maps_leaves_modes_and_statistics_alone() -> None:
     map_channels(whole, 64)
     assert [whole.training, whole.net.layer1.training, whole.net.layer2.training] == [True, False, True]
     assert all(torch.equal(value, before[name]) for name, value in whole.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("convnext_tiny", [[0], [1], [2, 3], [4, 5], [6, 7]]),
+        ("swin_t", [[0], [1], [2, 3], [4, 5], [6, 7]]),
+        ("efficientnet_b0", [[0], [1], [2], [3], [4, 5], [6, 7, 8]]),
+        ("vgg11_bn", [[0, 1], [4, 5], [8, 9, 11, 12], [15, 16, 18, 19], [22, 23, 25, 26]]),
+        ("densenet121", DENSENET),
+    ],
+)
+def test_torchvisions_features_are_stages_by_stride(name: str, parts: list) -> None:
+    with torch.device("meta"):
+        net = torchvision.models.get_model(name, weights=None)
+    free = _TorchvisionMaps(TorchvisionTower(net, name))
+    stages = free.stages()
+    assert [list(dict.fromkeys(one.split(".")[2] for one in stage)) for stage in stages] == [
+        [str(part) for part in stage] for stage in parts
+    ]
+    names = [one for stage in stages for one in stage]
+    assert sorted(names) == sorted(one for one, _ in free.named_parameters())

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from vlbench.adapters.common.classification import estimates, overlap_note
-from vlbench.adapters.common.coco_rows import detection_outcomes, detection_rows
+from vlbench.adapters.common.coco_rows import check_images, detection_outcomes, detection_rows
 from vlbench.adapters.common.held_out import held_out_by_image
 from vlbench.adapters.common.questions import CONSTANT, Chosen
+from vlbench.core.errors import UserError
 from vlbench.core.types import Estimate, Outcomes, Part, Provides, Rows, Source
 from vlbench.finetune.detection.config import DetectionConfig
 from vlbench.finetune.detection.types import Detections
@@ -48,12 +49,22 @@ class Detection:
         return detectron2_problem()
 
     def predict(self, encoder: Any, data: Any, config: DetectionConfig) -> Rows:
-        """One row an image, as ``common.coco_rows`` describes them."""
+        """One row an image, as ``common.coco_rows`` describes them.
+
+        Raises:
+            UserError: where the splits do not list the same classes, or an image that is reported or chosen on is of
+                another size than its annotations say. Both before anything is trained.
+        """
         test = data.split("test")
         card = encoder.backbone.card
         if (card.loader, card.arch) == CONSTANT:
             return detection_rows(test, [_nothing()] * len(test), meta={"chosen": {}, "notes": []})
         learn, choose, roles, notes = _parts(encoder, data, config)
+        judged = [source for source in (choose, test) if source is not None]
+        for source in judged:
+            _refuse_other_classes(data.spec, learn, source)
+        for source in judged:
+            check_images(source)
         seen = {image for source in (learn, choose) if source is not None for image in encoder.image_digests(source)}
         notes += overlap_note(seen, encoder.image_digests(test))
         found, chosen = _tuned_detections(encoder, learn, choose, test, config, data.fingerprint(roles))
@@ -87,6 +98,19 @@ def _parts(
     learn, choose = (Chosen(train, np.flatnonzero(rows).tolist(), split=train.split) for rows in (~held_N, held_N))
     note = f"chosen on {len(choose):,} of {len(train):,} training images"
     return learn, choose, ("train",), [note]
+
+
+def _refuse_other_classes(spec: str, learn: Source, source: Source) -> None:
+    """A detector's answer is a place in the list of classes: another list would read it as another class."""
+    learnt, told = learn.classes or (), source.classes or ()
+    if learnt == told:
+        return
+    place = next((i for i, (one, other) in enumerate(zip(learnt, told)) if one != other), min(len(learnt), len(told)))
+    one, other = (repr(names[place]) if place < len(names) else "absent" for names in (learnt, told))
+    raise UserError(
+        f"data {spec!r}: class {place} is {one} in {learn.split} and {other} in {source.split}; give both files one "
+        "list of categories"
+    )
 
 
 def _tuned_detections(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from vlbench.core.catalog import READERS
 from vlbench.core.errors import UserError
 from vlbench.core.names import unknown
-from vlbench.core.types import Example, Part, Source
+from vlbench.core.types import Example, Part, Region, Source
 from vlbench.data.spec import DataSpec, local_path, parse_spec
 
 UNSPLIT = "all"
@@ -73,6 +74,16 @@ class Subset(BaseSource):
 
     def __getitem__(self, index: int) -> Example:
         return self._source[self._indices[index]]
+
+    @property
+    def regions_of(self) -> Callable[[int], tuple[Region, ...]]:
+        """The source's ``regions_of``, which reads no image, for the chosen entries. AttributeError where it has none.
+
+        A property, so that ``getattr`` says of a subset what it says of the source.
+        """
+        whole: Any = self._source
+        look = whole.regions_of
+        return lambda index: look(self._indices[index])
 
     def ids(self) -> Sequence[str]:
         """The ids of the chosen entries."""

@@ -114,7 +114,7 @@ def _numbered(names: Sequence[str]) -> list[str]:
 
 
 class Relabelled(BaseSource):
-    """A source under another list of classes.
+    """A source under another list of classes, those of its objects included.
 
     Args:
         source: what is read.
@@ -134,7 +134,10 @@ class Relabelled(BaseSource):
 
     def __getitem__(self, index: int) -> Example:
         example = self._source[index]
-        return replace(example, label=self._new(example.label))
+        extra = example.extra
+        if "categories" in extra:  # of its objects: COCO's reader
+            extra = {**extra, "categories": tuple(self._new_labels[label] for label in extra["categories"])}
+        return replace(example, label=self._new(example.label), extra=extra)
 
     def ids(self) -> Sequence[str]:
         """The source's."""

@@ -68,9 +68,12 @@ class FinetuneConfig(RunConfig):
         return search
 
     @model_validator(mode="after")
-    def _weights_are_whole(self) -> Self:
+    def _settings_have_an_effect(self) -> Self:
         if self.shard:
             raise ValueError("shard: the first rank judges the whole model, so each rank has all of its weights")
+        if self.grad_cache or self.loss_block is not None:
+            name = "grad_cache" if self.grad_cache else "loss_block"
+            raise ValueError(f"{name}: for losses that compare a batch's images with its texts; leave it out")
         return self
 
     def judges_at(self, step: int) -> bool:

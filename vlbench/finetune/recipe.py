@@ -30,6 +30,8 @@ class FineTuner:
     """The parts of ``core.types.Recipe`` that are the same for all fine-tunings.
 
     Only what learns belongs to the module that ``build`` makes: a frozen tower would be written with every checkpoint.
+    Only a detector keeps its whole backbone, also a frozen one: it looks at images of other sizes, so that there are
+    no stored features to read instead.
     The parameters of a backbone that learns stand under ``visual``, which ``backbone_lr`` counts on.
     """
 

@@ -24,6 +24,7 @@ from vlbench.core.errors import UserError
 from vlbench.core.types import Features
 from vlbench.models.towers import ClipResNetTower, ClipTimmTower, ClipViTTower, TimmTower, TorchvisionTower, VisualTower
 
+_SEEN = 224  # a side that all of torchvision's networks take
 _STAGE = re.compile(r"\b(?:layer|stages|resblocks|blocks|features|layers)\.?(\d+)\.")
 
 
@@ -117,7 +118,7 @@ class MapTower(nn.Module):
         for name, _ in self.named_parameters():
             found = _STAGE.search(name)
             (stem if found is None else later.setdefault(int(found[1]), [])).append(name)
-        return [stem, *(later[number] for number in sorted(later))] if later else []
+        return [names for names in (stem, *(later[number] for number in sorted(later))) if names] if later else []
 
 
 class _FunctionTower(VisualTower):
@@ -280,6 +281,30 @@ class _TorchvisionMaps(MapTower):
             map_BCHW = x.permute(0, 3, 1, 2) if self._channels_last else x
             maps[round(images_BCHW.shape[-1] / map_BCHW.shape[-1])] = map_BCHW
         return maps
+
+    def stages(self) -> list[list[str]]:
+        """As of a ResNet: first the stem, then the blocks of its stride, then those of each stride after it.
+
+        The stem is the first part of ``features``. Where that is a single layer (VGG, DenseNet), it is the layers of
+        that layer's stride: two frozen stages of VGG are its conv1 and conv2.
+        """
+        if self._is_resnet:
+            return super().stages()
+        net: Any = self.net
+        shadow = copy.deepcopy(net.features).to("meta").eval()
+        x, keys, stages = torch.zeros(1, 3, _SEEN, _SEEN, device="meta"), [], []
+        for place, (name, part) in enumerate(shadow.named_children()):
+            with torch.no_grad():
+                x = part(x)
+            is_stem = place == 0 and any(True for _ in part.children())
+            key = (is_stem, x.shape[1 if self._channels_last else 2])
+            own = [f"net.features.{name}.{inner}" for inner, _ in part.named_parameters()]
+            if own and keys[-1:] != [key]:
+                keys.append(key)
+                stages.append([])
+            if own:
+                stages[-1] += own
+        return stages
 
 
 class _DenseMaps(MapTower):

@@ -128,3 +128,39 @@ def test_coco_names_absent_folders(tmp_path):
         open_source(f"coco:{tmp_path}/cocos")
     with pytest.raises(UserError, match=r"no instances_SPLIT.json or captions_SPLIT.json"):
         open_source(f"coco:{tmp_path}/coco")
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        (
+            "images",
+            r"instances_val2017\.json, images 2: image id 7 was given before, in images 0; each must be there once",
+        ),
+        ("categories", r"instances_val2017\.json, categories 2: category id 18 was given before, in categories 0"),
+    ],
+)
+def test_coco_refuses_images_and_categories_of_one_id(tmp_path, kind, line):
+    coco(tmp_path)
+    file = tmp_path / "annotations/instances_val2017.json"
+    content = json.loads(file.read_text())
+    content[kind].append(content[kind][0])
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=line):
+        open_source(f"coco:{tmp_path}")
+    content[kind][-1] = content[kind][0] | {"id": [7]}
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"id \[7\] is neither a number nor a text"):
+        open_source(f"coco:{tmp_path}")
+
+
+def test_coco_counts_an_annotation_whose_id_was_given_before_as_bad(tmp_path):
+    # The captions number their annotations by themselves; ids that are left out are not the same id.
+    captions = [{"id": 1, "image_id": 7, "caption": "one"}, {"image_id": 7, "caption": "two"}]
+    nameless = {key: value for key, value in instance(0).items() if key != "id"}
+    coco(tmp_path, annotations=[instance(1), instance(1, category_id=18), nameless, nameless], captions=captions)
+    source = open_source(f"coco:{tmp_path}")
+    assert len(source) == 2 + 1
+    assert len(source[0].regions) == 3
+    with pytest.raises(BadExample, match=r"instances_val2017.json annotation 1: repeated annotation: .* has this id"):
+        source[2]

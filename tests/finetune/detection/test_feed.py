@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from tests.finetune.detection.scenes import CLASSES, Scenes, example, region, small
-from vlbench.core.errors import RunError, UserError
+from vlbench.core.errors import BadExample, RunError, UserError
 from vlbench.core.types import Region
 from vlbench.data.masks import to_bitmap, to_rle
+from vlbench.data.sources import Subset
 from vlbench.finetune.detection.batch import Pictured, collate, targets, unpacked
 from vlbench.finetune.detection.feed import DetectionFeed, picture
 from vlbench.finetune.detection.sizes import resized, target_size
@@ -158,3 +161,56 @@ def test_sizes_keep_the_aspect_within_the_limits():
     assert resized(torch.zeros(3, 60, 100, dtype=torch.uint8), 30, 100).shape == (3, 30, 50)
     ramp = torch.arange(100, dtype=torch.uint8).repeat(3, 60, 1)
     assert resized(ramp, 60, 200) is ramp
+
+
+def test_an_image_of_another_size_than_its_annotations_say_is_a_bad_example():
+    good = Scenes(1).examples[0]
+    other = example("resized", np.zeros((48, 50, 3), dtype=np.uint8), good.regions)
+    other.extra.update(height=96, width=96)
+    with pytest.raises(BadExample, match=r"other size: 48 x 50 pixels .* annotations say 96 x 96"):
+        picture(other, CLASSES, short_side=96, long_side=192, flip=False)
+    silent = replace(other, extra={key: value for key, value in other.extra.items() if key not in ("height", "width")})
+    with pytest.raises(BadExample, match="bad mask"):  # its run lengths are of 96 x 96
+        picture(silent, CLASSES, short_side=96, long_side=192, flip=False)
+
+
+def test_boxes_that_are_a_line_in_float32_are_left_out():
+    mask = {"size": [60, 100], "counts": [6000]}
+    boxes = [(50.0, 5.0, 50.0 + 1e-7, 40.0), (5.0, 9.0, 50.0, 9.009), (5.0, 9.0, 50.0, 9.02)]
+    thin = example("a", np.zeros((60, 100, 3), dtype=np.uint8), [Region("disc", box, mask, {}) for box in boxes])
+    seen = picture(thin, CLASSES, short_side=60, long_side=200, flip=False)
+    assert len(seen.boxes_n4) == len(seen.masks_nHW) == len(seen.classes_n) == 1
+    sides = seen.boxes_n4[:, 2:] - seen.boxes_n4[:, :2]
+    assert np.isfinite(np.log(sides)).all()
+
+
+@pytest.mark.parametrize("empty_images", ["drop", "keep"])
+def test_data_without_masks_are_one_line(empty_images):
+    source = Scenes(3)
+    bare = [
+        replace(one, regions=tuple(replace(region, segmentation=None) for region in one.regions))
+        for one in source.examples
+    ]
+    objects = sum(len(one.regions) for one in bare)
+    source.examples, mixed = bare, [bare[0], source.examples[1]]
+    with pytest.raises(UserError, match=rf"'scenes': none of the {objects} objects of 'train' has a mask, and Mask R"):
+        DetectionFeed(source, small(empty_images=empty_images))
+    source.examples = mixed
+    assert len(DetectionFeed(source, small(empty_images=empty_images))) == 2
+
+
+def test_a_part_of_a_source_that_knows_its_regions_is_not_read_to_be_looked_through():
+    class Known(Scenes):
+        read = 0
+
+        def __getitem__(self, index):
+            self.read += 1
+            return super().__getitem__(index)
+
+        def regions_of(self, index):
+            return self.examples[index].regions
+
+    source = Known(6)
+    feed = DetectionFeed(Subset(source, [4, 1], split="train"), small())
+    assert list(feed.source.ids()) == ["train4", "train1"]
+    assert source.read == 0

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import nn
 from torch.nn import functional as F
 
 from tests.finetune.detection.scenes import Scenes, small
 from tests.models.test_tower_of import FAMILIES, tower
 from vlbench.core.errors import UserError
+from vlbench.core.types import Example, Features
 from vlbench.data.masks import to_bitmap
+from vlbench.finetune.detection import recipe
 from vlbench.finetune.detection.config import DetectionConfig
 from vlbench.finetune.detection.feed import DetectionFeed
 from vlbench.finetune.detection.model import TorchvisionDetector
 from vlbench.finetune.detection.neck import LEVELS, Pyramid, SimplePyramid
 from vlbench.finetune.detection.predict import detections
-from vlbench.models.tower_of import at_any_size
+from vlbench.finetune.detection.recipe import DetectionTuner, detect_all
+from vlbench.models import wrap
+from vlbench.models.load import load_backbone
+from vlbench.models.tower_of import at_any_size, tower_of
 from vlbench.train.distributed import Ranks
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -80,11 +88,8 @@ def test_detections_are_in_pixels_of_the_stored_image() -> None:
     assert not mask[:, :48].any()
 
 
-def test_an_image_is_seen_the_same_alone_and_beside_a_larger_one() -> None:
-    """Padding is neither read nor found: the same boxes to rounding."""
-    torch.manual_seed(1)
-    visual = tower("timm:test_resnet")
-    model = detector(visual, score_threshold=0.0, detections=5, short_side=64, long_side=128).eval()
+def test_padding_is_zero_after_normalisation() -> None:
+    model = detector(tower("timm:test_resnet"))
     small_image = torch.randint(0, 255, (3, 64, 64), dtype=torch.uint8)
     wide = torch.randint(0, 255, (3, 64, 128), dtype=torch.uint8)
     prepared = model._prepared(torch.stack([F.pad(small_image, (0, 64)), wide]), [(64, 64), (64, 128)])
@@ -92,8 +97,72 @@ def test_an_image_is_seen_the_same_alone_and_beside_a_larger_one() -> None:
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
     assert torch.allclose(prepared.tensors[0, :, :, :64], (small_image / 255 - mean) / std, atol=1e-5)
     assert not prepared.tensors[0, :, :, 64:].any()
-    (_, beside) = model.detect([small_image, wide]), model.detect([small_image, wide])
-    assert (beside[0].boxes_K4 <= 64.001).all()
+
+
+def test_an_image_is_seen_the_same_alone_and_beside_others_of_other_sizes() -> None:
+    config = small(score_threshold=0.0, detections=5, batch_size=4)
+    model = TorchvisionDetector(tower("timm:test_resnet"), config, n_classes=2, mean=MEAN, std=STD).eval()
+    source = Scenes(2, size=(96, 96))
+    source.examples += Scenes(2, seed=1, size=(96, 180), split="wide").examples
+    source.examples = [source.examples[place] for place in (0, 2, 1, 3)]
+    beside = detect_all(model, source, config, device="cpu")
+    together = model.detect([torch.from_numpy(_pixels(one)) for one in source.examples])
+    assert len(beside) == 4
+    moved = 0
+    for place, one in enumerate(source.examples):
+        alone = Scenes(0)
+        alone.examples = [one]
+        (found,) = detect_all(model, alone, config, device="cpu")
+        assert len(found) == 5
+        assert np.allclose(found.boxes_K4, beside[place].boxes_K4, atol=1e-3)
+        assert np.allclose(found.scores_K, beside[place].scores_K, atol=1e-5)
+        assert found.classes_K.tolist() == beside[place].classes_K.tolist()
+        moved += not np.allclose(found.scores_K, together[place].scores_K, atol=1e-5)
+    assert moved, "more padding would change what is found: else this test shows nothing"
+
+
+def test_images_wait_for_their_like_and_no_more_than_memory_has_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide, tall = torch.zeros(3, 96, 180, dtype=torch.uint8), torch.zeros(3, 180, 96, dtype=torch.uint8)
+    near = torch.zeros(3, 96, 179, dtype=torch.uint8)  # padded as ``wide`` is
+    images = [wide, tall, near, wide, tall, wide]
+    places = lambda: [batch for batch, _ in recipe._alike(images, small(batch_size=3))]  # noqa: E731
+    assert places() == [[0, 2, 3], [1, 4], [5]]
+    monkeypatch.setattr(recipe, "MOST_WAITING", 2)
+    assert places() == [[0, 2], [1, 4], [3, 5]]
+
+
+def test_the_pyramids_strides_are_known_and_not_guessed_from_the_first_image() -> None:
+    visual = tower("timm:test_resnet")
+    low, square = (torch.randint(0, 255, (3, high, wide), dtype=torch.uint8) for high, wide in ((13, 60), (96, 96)))
+    fresh, used = (detector(visual, score_threshold=0.0, detections=5).eval() for _ in range(2))
+    used.detect([low])  # 42 x 192 pixels padded to 64: its finest map has 16 rows, two fifths of 42
+    (one,), (other,) = fresh.detect([square]), used.detect([square])
+    assert np.array_equal(one.boxes_K4, other.boxes_K4)
+    assert np.array_equal(one.scores_K, other.scores_K)
+
+
+def test_known_strides_are_those_that_torchvision_finds_in_a_whole_image() -> None:
+    torch.manual_seed(0)
+    values = {"score_threshold": 0.0, "short_sides": (128,), "short_side": 128, "long_side": 256}
+    known, guessed = (detector(tower("timm:test_resnet"), **values).train() for _ in range(2))
+    for pool in (guessed.roi_heads.box_roi_pool, guessed.roi_heads.mask_roi_pool):
+        pool.scales = pool.map_levels = None
+    batch = a_batch(**values)
+    losses = []
+    for model in (known, guessed):
+        torch.manual_seed(1)
+        losses.append(model(batch))
+    assert all(torch.equal(losses[0][name], losses[1][name]) for name in losses[0])
+    image = torch.randint(0, 255, (3, 64, 64), dtype=torch.uint8)
+    (one,), (other,) = known.eval().detect([image]), guessed.eval().detect([image])
+    assert len(one)
+    assert np.array_equal(one.boxes_K4, other.boxes_K4)
+    assert np.array_equal(one.scores_K, other.scores_K)
+    assert one.masks == other.masks
+
+
+def _pixels(one: Example) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(one.image))).transpose(2, 0, 1)
 
 
 def test_freezing_is_what_the_settings_say() -> None:
@@ -232,3 +301,50 @@ def test_images_without_objects_train_everything_a_little() -> None:
     assert losses["loss_objectness"] > 0
     torch.stack(list(losses.values())).sum().backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_a_blind_baseline_is_a_backbone_like_any_other() -> None:
+    model = DetectionTuner(load_backbone("baseline:shuffled")).build(small(), ("square", "disc")).train()
+    losses = model(a_batch())
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.visual.parameters() if parameter.requires_grad)
+    (found,) = model.eval().detect([torch.randint(0, 255, (3, 96, 96), dtype=torch.uint8)])
+    assert (found.boxes_K4 <= 96.001).all()
+
+
+class _ReadsItsPixels(nn.Module):
+    """What "meta" has no answer to; ``unread`` is in no map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 16, stride=16)
+        self.unread = nn.Linear(6, 2)
+
+    def forward(self, images_BCHW: torch.Tensor) -> Features:
+        map_BCHW = self.conv(images_BCHW) * float(images_BCHW.abs().max() + 1)
+        return Features(pooled_BD=map_BCHW.mean((2, 3)), maps={16: map_BCHW})
+
+
+def test_a_users_module_that_reads_its_pixels_can_be_tuned() -> None:
+    own = _ReadsItsPixels()
+    parts = frozenset({"pooled", "maps"})
+    model = detector(tower_of(wrap(own, preprocess=32, name="own", provides=parts)))
+    learning = {name for name, parameter in model.visual.named_parameters() if parameter.requires_grad}
+    assert len(learning) == 2
+    assert all("conv" in name for name in learning)
+    assert own.unread.weight.requires_grad, "the user's own module is left alone"
+
+
+def test_maps_of_weights_that_training_would_not_reach_are_refused() -> None:
+    class Hides(_ReadsItsPixels):
+        def __init__(self) -> None:
+            super().__init__()
+            self.others = [nn.Conv2d(3, 6, 16, stride=16)]
+
+        def forward(self, images_BCHW: torch.Tensor) -> Features:
+            map_BCHW = self.others[0](images_BCHW)
+            return Features(pooled_BD=map_BCHW.mean((2, 3)), maps={16: map_BCHW})
+
+    backbone = wrap(Hides(), preprocess=32, name="own", provides=frozenset({"pooled", "maps"}))
+    with pytest.raises(UserError, match="its maps are made by weights that are no parameters of it; register"):
+        detector(tower_of(backbone))

@@ -8,7 +8,8 @@ like any other (``iscrowd`` and ``area`` are in their attributes), and an image 
 regions.
 
 Boxes, polygons and run lengths are checked when a split is opened. An annotation that is wrong is one more entry, which
-raises BadExample with the file and the annotation's id: it is counted, and never a test set in silence.
+raises BadExample with the file and the annotation's id: it is counted, and never a test set in silence. So is one
+whose id was given before; an image or a category whose id was given before is an error.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from vlbench.core.names import unknown
 from vlbench.core.types import Example, Part, Region
 from vlbench.data.images import read_file
 from vlbench.data.masks import BAD_BOX, BAD_MASK, box_problem, mask_problem
+from vlbench.data.readers.annotations import refuse_repeated, shown
 from vlbench.data.sources import BaseSource, Reader, canonical_split, split_table
 from vlbench.data.spec import DataSpec, local_path
 
@@ -112,20 +114,26 @@ class CocoSource(BaseSource):
 
     def _read(self, file: Path) -> None:
         content = _load(file)
-        for image in _list(content, "images", file):
+        # Of this file alone: objects and captions are in two, with the same images.
+        images_seen: dict[Any, str] = {}
+        categories_seen: dict[Any, str] = {}
+        annotations_seen: set[Any] = set()
+        for number, image in enumerate(_list(content, "images", file)):
             if not isinstance(image, dict) or "id" not in image or "file_name" not in image:
                 raise UserError(f"{file}: an image without 'id' or 'file_name': {str(image)[:80]}")
+            _refuse_repeated(image["id"], f"{file}, images {number}", images_seen, "image id")
             self._images[image["id"]] = image["file_name"]
             if "height" in image and "width" in image:
                 self._sides[image["id"]] = _sides_of(image, file)
-        for category in _list(content, "categories", file):
+        for number, category in enumerate(_list(content, "categories", file)):
             if not isinstance(category, dict) or not {"id", "name"} <= category.keys():
                 raise UserError(f"{file}: a category without 'id' or 'name': {str(category)[:80]}")
+            _refuse_repeated(category["id"], f"{file}, categories {number}", categories_seen, "category id")
             self._category_names[category["id"]] = category["name"]
         for item in _list(content, "annotations", file):
             # Also where all of them are wrong: that is what must then be told, not that there are none.
             self._has_objects |= isinstance(item, dict) and "category_id" in item
-            problem = self._problem(item)
+            problem = self._problem(item) or _repeated(item, annotations_seen)
             if problem is not None:
                 kind, reason = problem
                 name = item.get("id", "?") if isinstance(item, dict) else "?"
@@ -238,6 +246,23 @@ def _load(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "images" not in content:
         raise UserError(f"{file}: expected COCO's JSON, an object with 'images' and 'annotations'")
     return content
+
+
+def _refuse_repeated(id_: Any, where: str, seen: dict[Any, str], what: str) -> None:
+    if isinstance(id_, list | dict):
+        raise UserError(f"{where}: {what} {shown(id_)} is neither a number nor a text")
+    refuse_repeated(id_, where, seen, what)
+
+
+def _repeated(item: Mapping[str, Any], seen: set[Any]) -> tuple[str, str] | None:
+    """What is wrong with an annotation whose id another had before it in its file. Ids may be left out."""
+    id_ = item.get("id")
+    if id_ is None or isinstance(id_, list | dict):
+        return None
+    if id_ in seen:
+        return "repeated annotation", "another annotation of the file has this id; each must be there once"
+    seen.add(id_)
+    return None
 
 
 def _is_among(key: Any, table: Mapping[Any, Any]) -> bool:

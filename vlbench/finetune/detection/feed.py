@@ -34,6 +34,8 @@ from vlbench.train.distributed import Ranks
 _PREFETCH = 4
 _LEAST_SIDE = 1.0
 """Pixels: an image all of whose boxes have a side that is no longer has no objects [TV:coco_utils.py]."""
+_THINNEST = 0.01
+"""Pixels of the resized image: what is thinner is no object. In float32 a side may be 0, and its log is learnt."""
 
 Item = tuple[Pictured, tuple[BadExample, ...]]
 
@@ -46,12 +48,13 @@ class DetectionFeed:
         config: the settings.
 
     Raises:
-        UserError: for a source without classes, or in which no image has an object.
+        UserError: for a source without classes, in which no image has an object, or no object a mask.
     """
 
     def __init__(self, source: Source, config: DetectionConfig) -> None:
         if not source.classes or "regions" not in source.provides:
             raise UserError(f"data {source.spec!r} have no boxes with classes to learn from")
+        _refuse_bare_boxes(source)
         if config.empty_images == "drop":
             keep = [index for index in range(len(source)) if _worth_showing(source, index)]
             if not keep:
@@ -127,17 +130,20 @@ def picture(example: Example, classes: Sequence[str], *, short_side: int, long_s
     """One image of its target size with the objects to be learnt, mirrored with them where ``flip``.
 
     Raises:
-        BadExample: for an image that cannot be decoded, a class that is unknown, a mask that is malformed or missing.
+        BadExample: for an image that cannot be decoded or is of another size than its annotations say, a class that is
+            unknown, a mask that is malformed or missing.
     """
     assert example.image is not None, "a source of regions has images"
     image = decode(example.image, where=example.id)
+    _check_size(example, image)
     height, width = target_size(image.height, image.width, short_side, long_side)
     boxes, labels, masks = [], [], []
     for number, region in enumerate(example.regions):
         if not _is_object(region):
             continue
         box = _box(region, image, (height, width), flip=flip)
-        if box[2] <= box[0] or box[3] <= box[1]:
+        left, top, right, bottom = np.float32(box)
+        if min(right - left, bottom - top) < _THINNEST:
             continue
         boxes.append(box)
         labels.append(_class_of(example, number, classes))
@@ -153,13 +159,45 @@ def picture(example: Example, classes: Sequence[str], *, short_side: int, long_s
     )
 
 
+def _refuse_bare_boxes(source: Source) -> None:
+    """Raises UserError where there are objects and none of them has a mask: each would be one more bad example."""
+    bare = 0
+    for index in range(len(source)):
+        objects = [region for region in _regions(source, index) or () if _is_object(region)]
+        if any(region.segmentation for region in objects):
+            return
+        bare += len(objects)
+    if bare:
+        raise UserError(
+            f"data {source.spec!r}: none of the {bare:,} objects of {source.split!r} has a mask, and Mask R-CNN learns "
+            "from masks; give the annotations a 'segmentation'"
+        )
+
+
 def _worth_showing(source: Source, index: int) -> bool:
-    look = getattr(source, "regions_of", None)  # COCO's reader knows them without reading the image
-    try:
-        regions = look(index) if look is not None else source[index].regions
-    except BadExample:
+    regions = _regions(source, index)
+    if regions is None:
         return True  # a bad example is met, counted and replaced where it is drawn
     return any(_is_object(region) and min(_sides(region)) > _LEAST_SIDE for region in regions)
+
+
+def _regions(source: Source, index: int) -> Sequence[Region] | None:
+    """The regions of an entry; None of a bad one."""
+    look = getattr(source, "regions_of", None)  # COCO's reader knows them without reading the image
+    try:
+        return look(index) if look is not None else source[index].regions
+    except BadExample:
+        return None
+
+
+def _check_size(example: Example, image: Image.Image) -> None:
+    said = example.extra.get("height", image.height), example.extra.get("width", image.width)
+    if said != (image.height, image.width):
+        raise BadExample(
+            "other size",
+            example.id,
+            f"{image.height} x {image.width} pixels (height x width), where its annotations say {said[0]} x {said[1]}",
+        )
 
 
 def _is_object(region: Region) -> bool:

@@ -9,6 +9,7 @@ Shapes: B images, C channels, H height, W width, K objects.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,11 +22,12 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
 
 from vlbench.core.errors import UserError
 from vlbench.finetune.detection.batch import targets
 from vlbench.finetune.detection.config import DetectionConfig
-from vlbench.finetune.detection.neck import DIVISOR, LEVELS, Pyramid
+from vlbench.finetune.detection.neck import DIVISOR, LEVELS, STRIDES, Pyramid
 from vlbench.finetune.detection.predict import detections
 from vlbench.finetune.detection.sizes import resized
 from vlbench.finetune.detection.types import Detections
@@ -157,7 +159,6 @@ def _mask_rcnn(config: DetectionConfig, n_classes: int) -> MaskRCNN:
     """Mask R-CNN as torchvision builds it, without a backbone of its own."""
     norm = nn.BatchNorm2d if config.heads_norm == "batch" else None
     channels, masks = config.channels, config.mask_convolutions
-    pooled = [level for level in LEVELS if level != "pool"]
     box_head: nn.Module
     if norm is None:
         box_head = TwoMLPHead(channels * _BOX_CELLS**2, config.box_width)
@@ -175,17 +176,33 @@ def _mask_rcnn(config: DetectionConfig, n_classes: int) -> MaskRCNN:
         rpn_post_nms_top_n_train=config.proposals,
         rpn_post_nms_top_n_test=config.proposals,
         rpn_batch_size_per_image=config.sampled_anchors,
-        box_roi_pool=MultiScaleRoIAlign(pooled, _BOX_CELLS, sampling_ratio=2),
+        box_roi_pool=_roi_align(_BOX_CELLS),
         box_head=box_head,
         box_predictor=FastRCNNPredictor(config.box_width, n_classes + 1),
         box_score_thresh=config.score_threshold,
         box_nms_thresh=config.nms_threshold,
         box_detections_per_img=config.detections,
         box_batch_size_per_image=config.sampled_boxes,
-        mask_roi_pool=MultiScaleRoIAlign(pooled, _MASK_CELLS, sampling_ratio=2),
+        mask_roi_pool=_roi_align(_MASK_CELLS),
         mask_head=MaskRCNNHeads(channels, masks, 1, norm_layer=norm),
         mask_predictor=MaskRCNNPredictor(masks[-1], masks[-1], n_classes + 1),
     )
+
+
+def _roi_align(cells: int) -> MultiScaleRoIAlign:
+    """Over the strides of the pyramid, which torchvision would guess from the first images, and keep.
+
+    It divides their unpadded height by that of a map: an image of 42 x 192 pixels would make a stride of 2 of 4.
+    """
+    align = MultiScaleRoIAlign([level for level in LEVELS if level != "pool"], cells, sampling_ratio=2)
+    align.scales = [1 / stride for stride in STRIDES]
+    align.map_levels = initLevelMapper(
+        round(math.log2(STRIDES[0])),
+        round(math.log2(STRIDES[-1])),
+        canonical_scale=align.canonical_scale,
+        canonical_level=align.canonical_level,
+    )
+    return align
 
 
 class _NoBackbone(nn.Module):

@@ -123,25 +123,42 @@ def freeze_unread(visual: MapTower, strides: list[int]) -> None:
     """Freeze the parameters that none of the maps of these strides depends on.
 
     They would be decayed without ever learning, and distributed training would wait for their gradients.
+
+    Raises:
+        UserError: where the maps are made by weights that are no parameters of the tower: nothing would train them.
     """
-    shadow = copy.deepcopy(visual).to("meta")
-    # Two images: batch norm of a map of one cell wants more than one value.
-    maps = shadow(torch.zeros(2, 3, _SEEN, _SEEN, device="meta"))
+    shadow, maps = _shadow(visual)
     learning = [name for name, parameter in shadow.named_parameters() if parameter.requires_grad]
-    if learning:
-        total = torch.stack([maps[stride].sum() for stride in strides]).sum()
+    total = torch.stack([maps[stride].sum() for stride in strides]).sum()
+    unread = learning
+    if learning and total.requires_grad:
         used = torch.autograd.grad(total, [shadow.get_parameter(name) for name in learning], allow_unused=True)
-        for name, gradient in zip(learning, used):
-            if gradient is None:
-                visual.get_parameter(name).requires_grad_(False)
+        unread = [name for name, gradient in zip(learning, used) if gradient is None]
+        if len(unread) == len(learning):
+            raise UserError(
+                f"{visual.arch}: its maps are made by weights that are no parameters of it; register the network that "
+                "makes them as a submodule of what is given to vlbench.models.wrap"
+            )
+    for name in unread:
+        visual.get_parameter(name).requires_grad_(False)
 
 
 def _looked_at(visual: MapTower) -> dict[int, int]:
-    """Stride → channels, without computing anything."""
-    shadow = copy.deepcopy(visual).to("meta")
+    """Stride → channels, without computing anything where that can be."""
     with torch.no_grad():
-        maps = shadow(torch.zeros(2, 3, _SEEN, _SEEN, device="meta"))
+        _, maps = _shadow(visual)
     return {stride: map_BCHW.shape[1] for stride, map_BCHW in maps.items()}
+
+
+def _shadow(visual: MapTower) -> tuple[MapTower, dict[int, torch.Tensor]]:
+    """A copy of the tower and its maps, without values; with them where a user's module cannot do without."""
+    shadow = copy.deepcopy(visual).to("meta")
+    # Two images: batch norm of a map of one cell wants more than one value.
+    try:
+        return shadow, shadow(torch.zeros(2, 3, _SEEN, _SEEN, device="meta"))
+    except (RuntimeError, TypeError):  # NotImplementedError is one; TypeError comes from numpy
+        shadow = copy.deepcopy(visual).cpu().eval()  # dropout would draw from the numbers of what is built next
+        return shadow, shadow(torch.zeros(2, 3, _SEEN, _SEEN))
 
 
 def _scale(stride: int) -> float:

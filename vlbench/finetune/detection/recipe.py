@@ -5,7 +5,7 @@ Shapes: none; see batch.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from vlbench.core.types import Source
 from vlbench.data.images import decode
 from vlbench.finetune.detection.config import DetectionConfig
 from vlbench.finetune.detection.feed import DetectionFeed
+from vlbench.finetune.detection.neck import DIVISOR
+from vlbench.finetune.detection.sizes import target_size
 from vlbench.finetune.detection.types import Detections
 from vlbench.finetune.recipe import FineTuner
 from vlbench.models.tower_of import tower_of
@@ -26,6 +28,8 @@ from vlbench.train.distributed import Ranks, gather_objects, mean_over_ranks, ra
 
 LARGEST_BATCH = 16
 """Images in which objects are looked for at once, at most."""
+MOST_WAITING = 256
+"""Images that are kept until there are enough of their size, at most."""
 
 
 class DetectionTuner(FineTuner):
@@ -77,6 +81,9 @@ def detect_all(
 ) -> list[Detections]:
     """What a tuned model finds in every image of a source, in its order.
 
+    Only images that are padded to one size are looked at together: beside a larger one an image has more padding, and
+    near its edge that shows. So what is found in an image is its own, whichever images stand beside it.
+
     Args:
         model: in evaluation mode, on ``device``.
         source: of images.
@@ -89,11 +96,13 @@ def detect_all(
     """
     here = ranks() if together else Ranks()
     mine = range(here.rank, len(source), here.world)
-    found: list[Detections] = []
+    by_place: dict[int, Detections] = {}
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.precision == "bf16")
-    for images in _stored_images(source, mine, config):
+    for places, images in _alike(_stored_images(source, mine, config), config):
         with autocast:
-            found += model.detect(images)  # type: ignore[operator]
+            seen: list[Detections] = model.detect(images)  # type: ignore[operator]
+        by_place.update(zip(places, seen, strict=True))
+    found = [by_place[place] for place in range(len(mine))]
     if here.world == 1:
         return found
     shares = gather_objects(found)
@@ -138,11 +147,34 @@ class _Stored(Dataset[torch.Tensor | BadExample | UserError]):
             return error
 
 
-def _stored_images(source: Source, indices: Sequence[int], config: DetectionConfig) -> Iterator[list[torch.Tensor]]:
-    """Batches of uint8 images of their stored size."""
+def _alike(images: Iterable[torch.Tensor], config: DetectionConfig) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
+    """Batches of images that are padded to one size, each with the places of its images among all of them."""
+    waiting: dict[tuple[int, int], list[tuple[int, torch.Tensor]]] = {}
+    for place, image_CHW in enumerate(images):
+        size = target_size(image_CHW.shape[1], image_CHW.shape[2], config.short_side, config.long_side)
+        padded = -(-size[0] // DIVISOR), -(-size[1] // DIVISOR)
+        waiting.setdefault(padded, []).append((place, image_CHW))
+        if len(waiting[padded]) == _at_once(config):
+            yield _unzipped(waiting.pop(padded))
+        elif sum(map(len, waiting.values())) > MOST_WAITING:
+            yield _unzipped(waiting.pop(max(waiting, key=lambda key: len(waiting[key]))))
+    for rest in waiting.values():
+        yield _unzipped(rest)
+
+
+def _unzipped(placed: Sequence[tuple[int, torch.Tensor]]) -> tuple[list[int], list[torch.Tensor]]:
+    return [place for place, _ in placed], [image_CHW for _, image_CHW in placed]
+
+
+def _at_once(config: DetectionConfig) -> int:
+    return min(config.batch_size, LARGEST_BATCH)
+
+
+def _stored_images(source: Source, indices: Sequence[int], config: DetectionConfig) -> Iterator[torch.Tensor]:
+    """uint8 images of their stored size, in order."""
     loader: DataLoader[Any] = DataLoader(
         _Stored(source),
-        batch_size=min(config.batch_size, LARGEST_BATCH),
+        batch_size=_at_once(config),
         sampler=indices,
         collate_fn=list,
         num_workers=config.workers,
@@ -152,4 +184,4 @@ def _stored_images(source: Source, indices: Sequence[int], config: DetectionConf
         for image in images:
             if isinstance(image, Exception):
                 raise image
-        yield images
+            yield image

@@ -104,6 +104,8 @@ class ShuffledTower(_BlindTower):
         self.register_buffer("seed", torch.tensor(seed))
 
     def _numbers(self, images_BCHW: torch.Tensor, shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
+        if images_BCHW.is_meta:  # asked for shapes alone: there are no pixels to draw from
+            return [images_BCHW.new_empty(len(images_BCHW), *shape, dtype=torch.float32) for shape in shapes]
         pixels_BCHW = ((images_BCHW.float() + 1) * 127.5).round().to("cpu", torch.int16).contiguous().numpy()
         salt = int(self.seed).to_bytes(8, "little", signed=True)
         rows = []
