@@ -12,27 +12,19 @@ N pairs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 
-from vlbench.adapters.common.classification import estimates, labels_of, same_classes
-from vlbench.adapters.common.questions import (
-    Reading,
-    answer,
-    log_frequencies,
-    sentence_of,
-    softmax,
-    splits_of,
-    where_of,
-)
+from vlbench.adapters.common.classification import IMAGE_DIGITS, estimates
+from vlbench.adapters.common.questions import Reading, log_frequencies, where_of
+from vlbench.adapters.common.sentences import Sentence, judge_sentences, read_sentences
 from vlbench.core.errors import UserError
 from vlbench.core.types import Estimate, Example, Outcomes, Part, Provides, Rows, Source
 from vlbench.data.digests import content_digests
 from vlbench.data.sources import BaseSource
 from vlbench.finetune.fusion.config import PAPER, TINY, FusionConfig
-from vlbench.finetune.fusion.questions import Questions
 from vlbench.stats.consistency import image_set, nlvr2_outcomes
 
 
@@ -40,15 +32,6 @@ class Config(FusionConfig):
     """Settings of NLVR2."""
 
     PRESETS: ClassVar[Mapping[str, dict[str, Any]]] = {"tiny": TINY, "paper": PAPER["nlvr2"]}
-
-
-@dataclass(frozen=True)
-class _Truth:
-    """What is known of one pair."""
-
-    sentence: str
-    label: int
-    pair: str
 
 
 class Side(BaseSource):
@@ -94,50 +77,12 @@ class Nlvr2:
 
     def predict(self, encoder: Any, data: Any, config: Config) -> Rows:
         """One row a pair: ``id, image, right_image, image_id, sentence, label, pred, prediction, truth, p, right``."""
-        train, test = data.split("train"), data.split("test")
-        same_classes([train, test])
-        classes = list(test.classes)
-
-        def head() -> Any:
-            from vlbench.finetune.fusion.heads import ClassHead
-
-            return ClassHead(len(classes))
-
-        splits = splits_of(encoder, data, config, lambda source: _read(encoder, source), reported=("test",))
-        prior = log_frequencies([truth.label for truth in splits.learn.truths], len(classes))
-        found = answer(
-            encoder,
-            splits,
-            config,
-            head=head,
-            judge=lambda reading, logits: float((np.stack(logits).argmax(1) == _labels(reading)).mean()),
-            constant=lambda reading: [prior] * len(reading),
-        )
-        ((split, asked),) = splits.asked.items()
-        p_N2, label_N = softmax(np.stack(found.logits[split])), _labels(asked)
-        pred_N = np.stack(found.logits[split]).argmax(axis=1)
-        blind = nlvr2_outcomes(asked.ids, label_N == int(prior.argmax()))
-        meta = {
-            "classes": classes,
-            "train_pairs": len(splits.learn),
-            "chance": {name: float(o.values.mean()) for name, o in blind.items()},
-            "chosen": found.chosen,
-            "notes": list(found.notes),
-        }
-        columns = {
-            "id": list(asked.ids),
-            "image": asked.image_column(),
-            "right_image": [own[1][: len(name)] for own, name in zip(asked.images, asked.image_column())],
-            "image_id": [truth.pair for truth in asked.truths],
-            "sentence": [truth.sentence for truth in asked.truths],
-            "label": label_N,
-            "pred": pred_N,
-            "truth": [classes[label] for label in label_N],
-            "prediction": [classes[pred] for pred in pred_N],
-            "p": p_N2[np.arange(len(pred_N)), pred_N].astype(np.float32),
-            "right": pred_N == label_N,
-        }
-        return Rows(columns, meta)
+        judged = judge_sentences(encoder, data, config, lambda source: _read(encoder, source))
+        commonest = int(log_frequencies(judged.learnt_N.tolist(), len(judged.classes)).argmax())
+        blind = nlvr2_outcomes(judged.asked.ids, judged.label_N == commonest)
+        right = [own[1][:IMAGE_DIGITS] for own in judged.asked.images]
+        chance = {name: float(o.values.mean()) for name, o in blind.items()}
+        return judged.rows("sentence", chance=chance, more={"right_image": right})
 
     def outcomes(self, rows: Rows, config: Config) -> dict[str, Outcomes]:
         """``accuracy`` and ``consistency``."""
@@ -148,23 +93,9 @@ class Nlvr2:
         return estimates(self.outcomes(rows, config))
 
 
-def _read(encoder: Any, source: Source) -> Reading[_Truth]:
-    labels, truths = labels_of(source), []
-    for index, label in enumerate(labels.tolist()):
-        example = source[index]
-        truths.append(_Truth(sentence_of(example, where_of(source)), label, str(example.extra.get("image_key", ""))))
-    views = (Side(source, 0), Side(source, 1))
-    return Reading(
-        Questions(views, tuple(truth.sentence for truth in truths), tuple(labels.tolist())),
-        tuple(source.ids()),
-        tuple(truths),
-        tuple(zip(*(encoder.image_digests(view) for view in views), strict=True)),
-        groups=tuple(image_set(identifier) for identifier in source.ids()),
-    )
-
-
-def _labels(reading: Reading[_Truth]) -> np.ndarray:
-    return np.array([truth.label for truth in reading.truths], dtype=np.int64)
+def _read(encoder: Any, source: Source) -> Reading[Sentence]:
+    groups = tuple(image_set(identifier) for identifier in source.ids())
+    return read_sentences(encoder, source, (Side(source, 0), Side(source, 1)), groups=groups)
 
 
 ADAPTER = Nlvr2()

@@ -8,7 +8,7 @@ a resume changes what the model sees; with ``order=shards`` the number of ranks 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -24,7 +24,7 @@ from vlbench.data.prompting import draw_text
 from vlbench.data.shard_order import ByShard, shard_sizes
 from vlbench.data.sources import open_source
 from vlbench.data.spec import parse_spec
-from vlbench.data.stream import Mixture
+from vlbench.data.stream import BadTally, Mixture
 from vlbench.data.transforms import View, augment
 from vlbench.train.config import PretrainConfig
 from vlbench.train.distributed import Ranks
@@ -214,10 +214,36 @@ def batches(
     recipe: Recipe, config: PretrainConfig, mixture: Mixture, *, start: int, here: Ranks, pin: bool
 ) -> Iterator[Batch]:
     """One rank's batches from step ``start`` on, ``config.loads`` a step. Bad examples go to ``mixture.tally``."""
-    loader: DataLoader[Any] = DataLoader(
+    return stream(
         Samples(recipe, config, mixture),
+        _Collate(recipe, config),
+        config,
+        tally=mixture.tally,
+        start=start,
+        here=here,
+        pin=pin,
+    )
+
+
+def stream(
+    samples: Dataset[Any],
+    collate: Callable[[Sequence[Any]], tuple[Batch, list[BadExample]] | UserError],
+    config: RunConfig,
+    *,
+    tally: BadTally,
+    start: int,
+    here: Ranks,
+    pin: bool,
+) -> Iterator[Batch]:
+    """One rank's batches of ``samples``, which are indexed by stream position, from step ``start`` on.
+
+    An error of the user's comes out of ``collate`` as a value: raised in a loader process, it would arrive as a
+    traceback. It is raised here.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        samples,
         batch_sampler=Positions(config, start=start, here=here),
-        collate_fn=_Collate(recipe, config),
+        collate_fn=collate,
         num_workers=config.workers,
         # Forked: a spawned process would import torch and open the data again, about ten seconds each.
         multiprocessing_context="fork" if config.workers else None,
@@ -229,5 +255,5 @@ def batches(
         if isinstance(collated, UserError):
             raise collated
         batch, bad = collated
-        mixture.tally.record(bad, drawn=drawn)
+        tally.record(bad, drawn=drawn)
         yield batch

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tf
 
 from vlbench.core.errors import BadExample, UserError
@@ -28,10 +28,9 @@ from vlbench.finetune.detection.batch import Batch, Pictured, collate
 from vlbench.finetune.detection.config import DetectionConfig
 from vlbench.finetune.detection.neck import DIVISOR
 from vlbench.finetune.detection.sizes import target_size
-from vlbench.train.batches import Positions
+from vlbench.train.batches import stream
 from vlbench.train.distributed import Ranks
 
-_PREFETCH = 4
 _LEAST_SIDE = 1.0
 """Pixels: an image all of whose boxes have a side that is no longer has no objects [TV:coco_utils.py]."""
 _THINNEST = 0.01
@@ -83,22 +82,8 @@ class DetectionFeed:
 
     def batches(self, recipe: Any, config: DetectionConfig, *, start: int, here: Ranks, pin: bool) -> Iterator[Batch]:
         """Batches of this rank from step ``start`` on: see ``batch.py``."""
-        loader: DataLoader[Any] = DataLoader(
-            _Pictures(self.data, config),
-            batch_sampler=Positions(config, start=start, here=here),
-            collate_fn=_collate,
-            num_workers=config.workers,
-            multiprocessing_context="fork" if config.workers else None,
-            prefetch_factor=_PREFETCH if config.workers else None,
-            pin_memory=pin,
-        )
-        drawn = config.batch_size // config.loads // here.world
-        for collated in loader:
-            if isinstance(collated, UserError):
-                raise collated
-            batch, bad = collated
-            self.tally.record(bad, drawn=drawn)
-            yield batch
+        samples = _Pictures(self.data, config)
+        return stream(samples, _collate, config, tally=self.tally, start=start, here=here, pin=pin)
 
 
 class _Pictures(Dataset[Item | UserError]):
