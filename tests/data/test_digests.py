@@ -76,10 +76,16 @@ def test_source_fingerprint_names_the_classes_of_several_labels(tmp_path):
     assert shards("a", "cat\ndog\n", [1, 0]) != shards("c", "cat\ndog\n", [1, -1])
 
 
-def test_a_crowd_is_another_example_and_plain_objects_keep_their_digest():
-    region = Region("cat", (0.0, 0.0, 4.0, 4.0), attributes={"iscrowd": 0, "area": 9.0})
-    plain, same, crowd = (
-        example_digest(Example("a", regions=(replace(region, attributes=attributes),)), None, image="x")
-        for attributes in ({}, {"iscrowd": 0}, {"iscrowd": 1})
-    )
-    assert plain == same != crowd
+@pytest.mark.parametrize(
+    "attributes", [{"iscrowd": 1}, {"area": 9}, {"area": 16.0}, {"iscrowd": 1, "area": 9}], ids=str
+)
+def test_what_moves_detections_numbers_makes_another_example(attributes):
+    region = Region("cat", (0.0, 0.0, 4.0, 4.0))
+
+    def with_region(attributes):
+        return example_digest(Example("a", regions=(replace(region, attributes=attributes),)), None, image="x")
+
+    plain = with_region({})
+    assert plain == with_region({"iscrowd": 0}) == with_region({"annotation_id": 5})
+    assert with_region(attributes) == with_region({**attributes, "annotation_id": 7}) != plain
+    assert with_region({"area": 9}) == with_region({"area": 9.0}) != with_region({"area": 9, "iscrowd": 1})

@@ -14,7 +14,7 @@ import numpy as np
 
 from vlbench.core.errors import BadExample
 from vlbench.core.fingerprint import canonical_json, digest, digest_all
-from vlbench.core.types import Example, Source
+from vlbench.core.types import Example, Region, Source
 
 
 def image_digests(source: Source) -> list[str]:
@@ -39,7 +39,16 @@ def source_fingerprint(source: Source) -> str:
     return digest_all(content_digests(source).examples)
 
 
-_SAID = ("question", "answers", "answer_type", "question_type", "right", "target", "group")
+_SAID = (
+    "question",
+    "answers",
+    "multiple_choice_answer",  # what a vocabulary of answers is counted from
+    "answer_type",
+    "question_type",
+    "right",
+    "target",
+    "group",
+)
 """What an example of a task on an image and a sentence says in ``extra`` that decides a number."""
 
 
@@ -82,9 +91,7 @@ def example_digest(
         "label": label,
         "texts": {language: list(texts) for language, texts in example.texts.items()},
         "regions": [
-            # A crowd counts neither as found nor as missed, which moves detection's numbers.
-            [region.category, list(region.box_xyxy), _plain(region.segmentation)]
-            + (["crowd"] if region.attributes.get("iscrowd") else [])
+            [region.category, list(region.box_xyxy), _plain(region.segmentation), *_counted_as(region)]
             for region in example.regions
         ],
         "labels": _named_labels(example.extra.get("labels"), classes),
@@ -92,6 +99,17 @@ def example_digest(
     more = {key: example.extra[key] for key in extra if key in example.extra}
     said |= {key: digest(value) if isinstance(value, bytes) else _plain(value) for key, value in more.items()}
     return digest(canonical_json(said).encode("utf-8", "surrogatepass"))
+
+
+def _counted_as(region: Region) -> list[Any]:
+    """What moves detection's numbers beside class, box and mask.
+
+    A crowd counts neither as found nor as missed, and COCO takes the annotated area, not the mask's pixels, for what is
+    small, medium or large.
+    """
+    crowd = ["crowd"] if region.attributes.get("iscrowd") else []
+    area = region.attributes.get("area")
+    return crowd if area is None else [*crowd, float(area)]
 
 
 def _extra_of(source: Source) -> Sequence[str]:

@@ -150,10 +150,11 @@ def test_vqa_fingerprint_covers_questions_and_answers(tmp_path):
             "same": {"asked": ASKED[::-1]},
             "question": {"asked": [question(9001, 9, "Why?"), *ASKED[1:]]},
             "answer": {"told": other},
+            "leading": {"told": [*TOLD[:2], annotation(9001, 9, multiple_choice_answer="a1")]},
             "untold": {"told": None},
         }.items()
     }
-    assert len(prints) == 4
+    assert len(prints) == 5
 
 
 BROKEN = {
