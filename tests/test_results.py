@@ -18,6 +18,12 @@ def test_published_leaderboard_is_current(capsys: pytest.CaptureFixture[str]) ->
     assert main(["leaderboard", "--check", "--results", str(RESULTS)]) == 0, capsys.readouterr()
 
 
+@pytest.mark.parametrize("table", sorted((RESULTS / "studies").glob("*.md")), ids=lambda path: path.stem)
+def test_published_table_of_a_study_is_current(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = RESULTS.parent / "benchmarks" / "studies" / f"{table.stem}.yaml"
+    assert main(["study", str(study), "--check", "--results", str(RESULTS)]) == 0, capsys.readouterr()
+
+
 def test_published_results_fit_the_published_schema() -> None:
     schema = json.loads((RESULTS / "schema" / "result.v1.json").read_text())
     for result in ResultStore(RESULTS).all():

@@ -270,7 +270,14 @@ examples:
 def _study(sub: _Parser) -> None:
     sub.add_argument("file", help="a study: recipes, backbones, seeds, budget and tasks, as YAML")
     sub.add_argument("--out", metavar="DIR", help="run folders (default: runs/<file name>)")
+    sub.add_argument("--table-only", action="store_true", help="train and measure nothing: the table of what is stored")
+    sub.add_argument("--check", action="store_true", help="only say whether the stored table is current")
     _results(sub)
+    sub.epilog = """\
+examples:
+  vlbench study benchmarks/studies/recipes.yaml                 trains, measures, writes results/studies/recipes.md
+  vlbench study benchmarks/studies/recipes.yaml --table-only    that table again, of stored results
+"""
 
 
 def _list(sub: _Parser) -> None:

@@ -12,7 +12,8 @@ import yaml
 from PIL import Image
 
 from vlbench.core.errors import UserError
-from vlbench.verbs.study import Study, _check, model_name, read_study, run
+from vlbench.store.results import ResultStore
+from vlbench.verbs.study import Study, _budgets, model_name, read_study, run
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAL: dict[str, Any] = {"title": "t", "arms": [{"recipe": "clip"}, {"recipe": "unicl"}], "tasks": "knn"}
@@ -30,7 +31,7 @@ def written(**changes: Any) -> Path:
 
 
 def arguments(path: Path) -> argparse.Namespace:
-    return argparse.Namespace(file=str(path), out="out", results="results")
+    return argparse.Namespace(file=str(path), out="out", results="results", table_only=False, check=False)
 
 
 def test_study_that_is_not_there_names_the_nearest_file() -> None:
@@ -113,8 +114,9 @@ def test_random_rows_are_of_the_last_arm_or_of_those_named() -> None:
 def test_shipped_studies_can_be_run_and_share_a_budget(path: Path) -> None:
     study = read_study(path)
     cells = [(backbone, 0, arm) for backbone in study.backbones or (None,) for arm in study.arms]
-    (note,) = _check(study, cells, str(path))
-    assert note.startswith("Every arm saw 38,400 images through timm:test_resnet at 64 px"), note
+    (note,) = _budgets(study, cells, str(path))
+    images = {"photographs": "256,000"}.get(path.stem, "38,400")
+    assert note.startswith(f"Every arm saw {images} images through timm:test_resnet at 64 px"), note
 
 
 def test_study_trains_measures_and_reuses(capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +140,7 @@ def test_study_trains_measures_and_reuses(capsys: pytest.CaptureFixture[str]) ->
     assert run(arguments(written(**changes))) == 0
     first = capsys.readouterr().out
     assert "[study] 2/2 clip-s0" in first
-    table = Path("out/TABLE.md").read_text()
+    table = Path("results/studies/recipes.md").read_text()
     assert table in first
     assert "knn/data: acc1" in table
     assert [line.split("|")[1].strip() for line in table.split("\n") if line.startswith("| ")] == [
@@ -155,6 +157,23 @@ def test_study_trains_measures_and_reuses(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err.count("this run is finished (2 steps)") == 2
     assert all(path.stat().st_mtime_ns == when for path, when in made.items())
     assert Path("results/LEADERBOARD.md").read_text() == board
+
+    # Of what is stored alone, and of the study's own tasks.
+    Path("data").rename("away")
+    again = arguments(written(**changes))
+    again.check = True
+    assert run(again) == 0
+    stored = ResultStore("results")
+    (knn, *_) = [result for result in stored.all() if result.model.name == "clip-s0"]
+    rows = stored.rows(knn)
+    stored.save(knn.model_copy(update={"task": "knn/others", "task_fingerprint": "0" * 16}), rows)
+    assert run(again) == 0, "a task that the study does not have is no column of it"
+    Path("results/studies/recipes.md").write_text(table + "\n")
+    assert run(again) == 1
+    again.check, again.table_only = False, True
+    assert run(again) == 0
+    assert Path("results/studies/recipes.md").read_text() == table
+    Path("away").rename("data")
 
     with pytest.raises(UserError, match=r"steps: 2, now 3\)"):
         run(arguments(written(**{**changes, "set": ["steps=3", *settings[1:]]})))
@@ -179,7 +198,8 @@ def test_what_an_arm_has_not_the_parts_for_is_skipped_with_a_note(capsys: pytest
     assert run(arguments(study)) == 0
     said = capsys.readouterr().out
     assert "skipped zeroshot/shapes: unicl-cross_entropy-s0 has no text tower" in said
-    rows = [line.split("|")[1:3] for line in Path("out/TABLE.md").read_text().split("\n") if line.startswith("| ")]
+    table = Path("results/studies/recipes.md").read_text()
+    rows = [line.split("|")[1:3] for line in table.split("\n") if line.startswith("| ")]
     cells = {name.strip(): cell.strip() for name, cell in rows}
     assert cells["unicl-cross_entropy"] == "–"
     assert "[" in cells["clip"]

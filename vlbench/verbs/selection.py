@@ -67,8 +67,7 @@ def select(names: str | Sequence[str], *, data: Sequence[str], root: Path) -> Se
     Raises:
         UserError: for an unknown name (with the nearest one), a named task without its data, or nothing left to run.
     """
-    words = [word.strip() for word in (names.split(",") if isinstance(names, str) else names)]
-    words = [word for word in words if word]
+    words = _words(names)
     if not words:
         raise UserError("--tasks names no task; for instance --tasks zeroshot,linear (see `vlbench list tasks`)")
     choices: dict[str, Choice] = {}
@@ -82,6 +81,14 @@ def select(names: str | Sequence[str], *, data: Sequence[str], root: Path) -> Se
     if not choices:
         raise UserError("nothing to run: " + "; ".join(f"{skip.task}: {skip.reason}" for skip in skipped.values()))
     return Selection(tuple(choices.values()), tuple(skip for name, skip in skipped.items() if name not in choices))
+
+
+def is_meant(task: str, names: str | Sequence[str], *, data: Sequence[str]) -> bool:
+    """Whether ``task``, as results name it, is one that ``select`` takes ``names`` for, its data here or not."""
+    words = _words(names)
+    if data:
+        return any(choice.card.name == task for word in words for choice in _own(word, data, Path()))
+    return any(word in (task, task.split("/")[0]) or task in suites().get(word, ()) for word in words)
 
 
 def find_data(card: TaskCard | DatasetCard, root: Path) -> str | None:
@@ -125,6 +132,11 @@ def own_card(kind: str, spec: str) -> TaskCard:
     if name in task_cards():
         name = f"{kind}/own-{_folder_name(spec)}"  # a shipped card's name promises its protocol and its data
     return TaskCard(name=name, version=1, title=f"{kind} on {spec}", adapter=kind, data=(), metric=adapter.metric)
+
+
+def _words(names: str | Sequence[str]) -> list[str]:
+    words = [word.strip() for word in (names.split(",") if isinstance(names, str) else names)]
+    return [word for word in words if word]
 
 
 def _shipped(word: str, root: Path) -> Iterable[Choice | Skip]:

@@ -3,7 +3,8 @@
 A study is a list of ``pretrain`` and ``eval`` calls that differ in one thing at a time, so that a difference in its
 table is a difference in the recipe. A task that an arm has not the parts for (a text tower, say) is skipped with a
 note. Killed, it goes on where it was: a finished run and a stored result are not made again. A run whose settings the
-study has changed since is an error, never a row of another budget.
+study has changed since is an error, never a row of another budget. The table lies with the results that it is made of,
+in ``<results>/studies``, and is made again from them alone with ``--table-only``.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from vlbench.core.files import write_text
 from vlbench.core.names import nearest, slug, unknown
 from vlbench.verbs.calls import check_pretrain, evaluate, pretrain
 
-TABLE = "TABLE.md"
-"""In the study's folder of runs: what is printed at its end."""
+TABLES = "studies"
+"""In the folder of results: each study's table, called after its file."""
 _RANDOM = "random"
 
 
@@ -108,10 +109,19 @@ class Study(Config):
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the study in ``args.file``. Returns 1 where a task failed."""
+    """Run the study in ``args.file``. Returns 1 where a task failed.
+
+    With ``--table-only`` nothing is trained or measured and the table is made of what is stored; with ``--check`` it is
+    not written either, and 1 says that it is not the stored one.
+    """
     from vlbench.verbs import leaderboard
 
     study = read_study(Path(args.file))
+    cells = list(itertools.product(study.backbones or (None,), study.seeds, study.arms))
+    notes = _budgets(study, cells, args.file)  # a mistake in the last arm is better known before the first is trained
+    if args.table_only or args.check:
+        return _tabulate(study, args, notes)
+    _check_tasks(study, args.file)
     out = Path(args.out) if args.out else Path("runs") / Path(args.file).stem
     measured: dict[str, Any] = {
         "tasks": study.tasks,
@@ -120,8 +130,6 @@ def run(args: argparse.Namespace) -> int:
         "results": args.results,
         "skip_unsuitable": True,  # arms differ in what they can do
     }
-    cells = list(itertools.product(study.backbones or (None,), study.seeds, study.arms))
-    notes = _check(study, cells, args.file)  # a mistake in the last arm is better known before the first is trained
     status = 0
     for number, (backbone, seed, arm) in enumerate(cells, start=1):
         name = model_name(study, arm.label, backbone, seed)
@@ -137,17 +145,41 @@ def run(args: argparse.Namespace) -> int:
         status |= evaluate(model=spec, name=name, **measured)
     print()
     status |= leaderboard.run(argparse.Namespace(results=args.results, check=False))
+    return status | _tabulate(study, args, notes)
+
+
+def _tabulate(study: Study, args: argparse.Namespace, notes: Sequence[str]) -> int:
+    """Print the study's table and write it, or say whether the written one is current."""
     table = _table(study, args.results, notes)
-    write_text(out / TABLE, table)
-    print(f"\n{table}\n[study] {out / TABLE}")
-    return status
+    path = Path(args.results) / TABLES / f"{Path(args.file).stem}.md"
+    if args.check:
+        current = path.is_file() and path.read_bytes() == table.encode("utf-8")
+        again = f"run: vlbench study {args.file} --table-only --results {args.results}"
+        print(f"{path}: {'current' if current else f'stale or missing; {again}'}")
+        return int(not current)
+    write_text(path, table)
+    print(f"\n{table}\n[study] {path}")
+    return 0
 
 
-def _check(study: Study, cells: Sequence[tuple[str | None, int, Arm]], file: str) -> list[str]:
-    """Refuse what ``pretrain`` or ``eval`` would; what there is to say of the budgets."""
+def _check_tasks(study: Study, file: str) -> None:
+    """Refuse what ``eval`` would."""
     from vlbench.core.paths import data_root
     from vlbench.verbs.selection import select
 
+    try:
+        root = Path(study.data_root).expanduser() if study.data_root else data_root()
+        select(study.tasks, data=_data(study), root=root)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def _data(study: Study) -> list[str]:
+    return [study.eval_data] if study.eval_data else []
+
+
+def _budgets(study: Study, cells: Sequence[tuple[str | None, int, Arm]], file: str) -> list[str]:
+    """What there is to say of the budgets. Refuses what ``pretrain`` would."""
     budgets: dict[tuple[str, str], list[str]] = {}
     for backbone, seed, arm in cells:
         try:
@@ -158,11 +190,6 @@ def _check(study: Study, cells: Sequence[tuple[str | None, int, Arm]], file: str
             tower = f"{config.visual.identity()} at {config.visual.image_size} px"
             label = arm.label if len(study.backbones or ()) < 2 else f"{arm.label} on {backbone}"
             budgets.setdefault((f"{config.steps * config.batch_size:,}", tower), []).append(label)
-    try:
-        root = Path(study.data_root).expanduser() if study.data_root else data_root()
-        select(study.tasks, data=[study.eval_data] if study.eval_data else [], root=root)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
     if len(budgets) == 1:
         ((images, tower),) = budgets
         return [f"Every arm saw {images} images through {tower}."]
@@ -171,12 +198,13 @@ def _check(study: Study, cells: Sequence[tuple[str | None, int, Arm]], file: str
 
 
 def _table(study: Study, results: str, notes: Sequence[str]) -> str:
-    """All arms over their seeds, as Markdown."""
+    """All arms over their seeds on the study's own tasks, as Markdown."""
     from vlbench.report.arms import Arm as Row
     from vlbench.report.arms import arms_page
     from vlbench.report.page import markdown
     from vlbench.store.results import ResultStore
     from vlbench.verbs.outcomes import outcomes_from, sound_results
+    from vlbench.verbs.selection import is_meant
 
     store = ResultStore(results)
     outcomes_of = outcomes_from(store)
@@ -188,7 +216,11 @@ def _table(study: Study, results: str, notes: Sequence[str]) -> str:
     ]
     rows += [Row(name, (name,)) for name in study.models]
     names = {name for row in rows for name in row.models}
-    mine = [result for result in store.scan().results if result.model.name in names]
+    mine = [
+        result
+        for result in store.scan().results
+        if result.model.name in names and is_meant(result.task, study.tasks, data=_data(study))
+    ]
     sound, problems = sound_results(mine, outcomes_of)
     return markdown(arms_page(study.title, rows, sound, outcomes_of, notes=[*notes, *problems]))
 
