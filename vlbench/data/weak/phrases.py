@@ -1,6 +1,7 @@
 """Noun phrases of sentences, as character spans.
 
-- ``spacy``: ``doc.noun_chunks`` of ``en_core_web_sm``, as the released code does. [H:extract_np.py]
+- ``spacy``: ``doc.noun_chunks`` of ``en_core_web_sm``, as the released code does. [H:extract_np.py] ``python -m spacy
+  download en_core_web_sm`` fetches the model; offline, its wheel is among the releases of explosion/spacy-models.
 - ``tags``: a small set of rules around the words of the tag vocabulary, for a machine without that model. It finds
   the phrases that can be linked to a region, and no others: "a large red circle on a dark background" gives one phrase
   where no tag is a background.
@@ -55,11 +56,12 @@ class SpacyChunker:
         try:
             spacy = importlib.import_module("spacy")
             self._nlp: Any = spacy.load(SPACY_MODEL, exclude=["ner", "lemmatizer"])
-        except (ImportError, OSError) as error:
+        except (ImportError, OSError, ValueError) as error:
+            # ValueError: a spaCy that was built for another NumPy, or a model of another spaCy.
             reason = str(error).strip().split("\n")[0][:160]
             raise UserError(
-                f"--chunker spacy needs spaCy and its model ({reason}): pip install spacy, then "
-                f"python -m spacy download {SPACY_MODEL}, or use --chunker tags"
+                f"--chunker spacy needs spaCy and its model ({reason}): pip install -U spacy, then python -m "
+                f"spacy download {SPACY_MODEL} (offline: pip install the model's wheel), or use --chunker tags"
             ) from None
         meta = self._nlp.meta
         self.name = f"spacy {SPACY_MODEL} {meta.get('version', '')}".strip()
