@@ -9,6 +9,7 @@ from PIL import Image
 
 from tests.data.making import pixels
 from vlbench.core.cards import Preprocess
+from vlbench.core.types import Region
 from vlbench.data.transforms import Augment, View, augment, eval_transform, normalise
 
 SIZES = [(64, 64), (48, 97), (301, 199), (7, 120), (224, 225), (33, 20)]
@@ -191,3 +192,16 @@ def test_augment_resize_to_the_input_size_shows_the_whole_image():
     image = smooth(30, 50)
     _, view = augment(image, np.random.default_rng(0), Augment(resize_to=24), (24, 24))
     assert view == View(0, 0, image.width, image.height, (24, 24), flipped=False)
+
+
+def test_regions_of_a_view_are_those_of_which_a_pixel_shows():
+    boxes = {"inside": (12.0, 10.0, 16.0, 20.0), "half": (0.0, 10.0, 14.0, 20.0), "sliver": (0.0, 0.0, 10.4, 40.0)}
+    regions = [Region(name, box, segmentation=[[1] * 6], attributes={"name": name}) for name, box in boxes.items()]
+    view = View(10, 10, 20, 20, size=(40, 40), flipped=True)
+    found = {region.category: region for region in view.regions(regions)}
+    assert {name: region.box_xyxy for name, region in found.items()} == {
+        "inside": (28, 0, 36, 20),
+        "half": (32, 0, 40, 20),
+    }, "0.4 pixels of the image are 0.8 of the view"
+    assert found["half"].attributes == {"name": "half"}
+    assert found["half"].segmentation is None

@@ -1,6 +1,12 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from vlbench.core.errors import UserError
@@ -69,3 +75,23 @@ def test_impossible_rows_are_refused(rows: Rows, words: str) -> None:
 def test_damaged_parquet_is_a_value_error(data: bytes) -> None:
     with pytest.raises(ValueError, match="not a Parquet file"):
         rows_from_parquet(data)
+
+
+def test_pandas_is_not_imported_for_the_usual_columns() -> None:
+    code = """
+        import sys
+        import numpy as np
+        from vlbench.core.types import Rows
+        from vlbench.store.examples import rows_from_parquet, rows_to_parquet
+        columns = {"id": ["a", "ü"], "right": np.array([True, False]), "top": np.arange(6.0).reshape(2, 3)}
+        back = rows_from_parquet(rows_to_parquet(Rows(columns)))
+        assert back["id"] == columns["id"] and all((back[name] == columns[name]).all() for name in ("right", "top"))
+        assert "pandas" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+def test_columns_are_written_as_arrow_writes_them() -> None:
+    file = pq.ParquetFile(pa.BufferReader(rows_to_parquet(Rows(COLUMNS))))
+    for name in ("id", "label", "correct", "score", "precise"):
+        assert file.read().column(name).combine_chunks() == pa.array(COLUMNS[name])

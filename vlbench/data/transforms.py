@@ -7,19 +7,23 @@ floats there. B batch, C channels, H height, W width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field, model_validator
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as tf
 
 from vlbench.core.cards import Preprocess
 from vlbench.core.config import Config
+from vlbench.core.later import compiler_later
+from vlbench.core.types import Region
+
+with compiler_later():
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as tf
 
 _CROP_ATTEMPTS = 10
 _MAX_HUE = 0.5  # half the colour wheel: all hues there are
@@ -130,6 +134,15 @@ class View:
         x1, x2 = (min(max((x - self.left) / self.width, 0.0), 1.0) * wide for x in (box_xyxy[0], box_xyxy[2]))
         y1, y2 = (min(max((y - self.top) / self.height, 0.0), 1.0) * high for y in (box_xyxy[1], box_xyxy[3]))
         return (wide - x2, y1, wide - x1, y2) if self.flipped else (x1, y1, x2, y2)
+
+    def regions(self, regions: Iterable[Region]) -> tuple[Region, ...]:
+        """Those of which the view shows at least a pixel each way, with their boxes there; masks stay behind."""
+        moved = (replace(region, box_xyxy=self.box(region.box_xyxy), segmentation=None) for region in regions)
+        return tuple(region for region in moved if _least_side(region.box_xyxy) >= 1)
+
+
+def _least_side(box_xyxy: Sequence[float]) -> float:
+    return min(box_xyxy[2] - box_xyxy[0], box_xyxy[3] - box_xyxy[1])
 
 
 def augment(

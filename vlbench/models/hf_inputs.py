@@ -21,10 +21,10 @@ import torch
 
 from vlbench.core.cards import Preprocess
 from vlbench.core.errors import UserError
+from vlbench.models.padding import padded_ids
 
 _INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 _CONVNEXT_SQUASHES_FROM = 384  # pixels; below it is resized by crop_pct and cropped
-_LENGTH_STEP = 16  # as in text.py: so that a text's embedding does not depend on its neighbours in the batch
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 _TOKENIZER_FILES = (
     *_VOCABULARIES,
@@ -156,12 +156,7 @@ class HfTokenizer:
         if not self._trim:
             return self._own(texts, padding="max_length", return_tensors="pt", **cut)["input_ids"]
         rows = self._own(texts, **cut)["input_ids"] if texts else []
-        longest = max(map(len, rows), default=1)
-        length = min(self.context_length, -(-longest // _LENGTH_STEP) * _LENGTH_STEP)
-        tokens_BL = torch.full((len(rows), length), self.pad_id, dtype=torch.long)
-        for row_L, ids in zip(tokens_BL, rows, strict=True):
-            row_L[: len(ids)] = torch.tensor(ids)
-        return tokens_BL
+        return padded_ids(rows, most=self.context_length, pad=self.pad_id)
 
 
 def _line(error: Exception) -> str:

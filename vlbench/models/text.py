@@ -24,8 +24,9 @@ from vlbench.core.config import Config
 from vlbench.core.errors import UserError
 from vlbench.models.byte_pairs import BytePairs
 from vlbench.models.loaders.shared import TOKENIZER_PACKAGES, hub_offline_without_network, quiet_logging
+from vlbench.models.open_clip_import import import_open_clip
+from vlbench.models.padding import LENGTH_STEP, padded_ids
 
-_LENGTH_STEP = 16
 _CACHED_TEXTS = 100_000  # token tuples kept per tokenizer: about 30 MB; prompts and captions come back every epoch
 
 
@@ -117,14 +118,14 @@ def _at_the_end(net: Any, x_BLD: torch.Tensor, end_B: torch.Tensor) -> torch.Ten
     long caption would make them all long, and a row's output is the same to the bit. On a GPU, or compiled, the whole
     batch is one call: the padding costs less there than shapes that change from batch to batch.
     """
-    is_short_B = end_B < _LENGTH_STEP
-    one_call = x_BLD.shape[1] <= _LENGTH_STEP or x_BLD.device.type != "cpu" or torch.compiler.is_compiling()
+    is_short_B = end_B < LENGTH_STEP
+    one_call = x_BLD.shape[1] <= LENGTH_STEP or x_BLD.device.type != "cpu" or torch.compiler.is_compiling()
     if one_call or not is_short_B.any() or is_short_B.all():
         length = x_BLD.shape[1]
         x_BLD = net.transformer(x_BLD, attn_mask=net.attn_mask[:length, :length])
         return x_BLD[torch.arange(len(end_B), device=x_BLD.device), end_B]
     short, long = is_short_B.nonzero()[:, 0], (~is_short_B).nonzero()[:, 0]
-    parts = _at_the_end(net, x_BLD[short, :_LENGTH_STEP], end_B[short]), _at_the_end(net, x_BLD[long], end_B[long])
+    parts = _at_the_end(net, x_BLD[short, :LENGTH_STEP], end_B[short]), _at_the_end(net, x_BLD[long], end_B[long])
     return torch.cat(parts)[torch.cat([short, long]).argsort()]
 
 
@@ -171,13 +172,7 @@ class Tokenizer:
         assert not isinstance(texts, str), "a list of texts, not one text"
         if not (self._may_trim and hasattr(self._encoder, "eot_token_id")):
             return self._encoder(list(texts), context_length=self.spec.context_length)
-        rows = [self._tokens(text) for text in texts]
-        longest = max(map(len, rows), default=1)
-        length = min(self.spec.context_length, -(-longest // _LENGTH_STEP) * _LENGTH_STEP)
-        tokens_BL = torch.zeros(len(rows), length, dtype=torch.long)
-        for row_L, ids in zip(tokens_BL, rows, strict=True):
-            row_L[: len(ids)] = torch.tensor(ids)
-        return tokens_BL
+        return padded_ids([self._tokens(text) for text in texts], most=self.spec.context_length)
 
     @cached_property
     def _encoder(self) -> Any:
@@ -225,6 +220,4 @@ def _named_encoder(name: str, place: str) -> Any:
 
 @cache
 def _byte_pair_encoder() -> Any:
-    from open_clip.tokenizer import SimpleTokenizer
-
-    return SimpleTokenizer()
+    return import_open_clip().tokenizer.SimpleTokenizer()

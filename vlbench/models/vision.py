@@ -13,6 +13,7 @@ from pydantic import Field
 from vlbench.core.config import Config
 from vlbench.core.errors import UserError
 from vlbench.core.names import nearest, unknown
+from vlbench.models.open_clip_import import import_open_clip
 from vlbench.models.towers import ClipResNetTower, ClipViTTower, TimmTower, TorchvisionTower, VisualTower
 
 LIBRARIES = ("timm", "open_clip", "torchvision")
@@ -132,8 +133,7 @@ def _construct(config: VisualConfig, make: Any) -> Any:
 
 def open_clip_config(name: str) -> dict[str, Any]:
     """open_clip's own configuration of that name. Raises UserError with the nearest name."""
-    import open_clip
-
+    open_clip = import_open_clip()
     config = open_clip.get_model_config(name) if ":" not in name else None
     if config is None:
         raise UserError(unknown("open_clip architecture", name, open_clip.list_models()))

@@ -59,14 +59,34 @@ def rows_from_parquet(data: bytes) -> Rows:
 def _to_arrow(values: Any) -> Any:
     array = np.asarray(values) if isinstance(values, np.ndarray) else None
     if array is None or array.dtype.kind in "OUS":
-        return pa.array(values.tolist() if isinstance(values, np.ndarray) else list(values))
+        items = values.tolist() if isinstance(values, np.ndarray) else list(values)
+        return _strings(items) if all(type(item) is str for item in items) else pa.array(items)
     for width in array.shape[1:]:
         if width == 0:
             raise UserError(f"a column of the rows has the shape {array.shape}: there is nothing in it")
-    arrow = pa.array(np.ascontiguousarray(array).reshape(-1))
+    arrow = _plain(np.ascontiguousarray(array).reshape(-1))
     for width in reversed(array.shape[1:]):
         arrow = pa.FixedSizeListArray.from_arrays(arrow, width)
     return arrow
+
+
+# pa.array and to_numpy import pandas where it is installed, a third of a second, to see whether they are given some of
+# its objects. So the usual columns are made of their buffers.
+
+
+def _plain(values: np.ndarray) -> Any:
+    """Numbers, one-dimensional and contiguous."""
+    bits = np.packbits(values, bitorder="little") if values.dtype == bool else values
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(bits)])
+
+
+def _strings(items: list[str]) -> Any:
+    encoded = [item.encode("utf-8") for item in items]
+    ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    if ends[-1] > np.iinfo(np.int32).max:
+        return pa.array(items)  # in chunks
+    buffers = pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(b"".join(encoded))
+    return pa.StringArray.from_buffers(len(items), *buffers)
 
 
 def _from_arrow(column: Any) -> Any:
@@ -80,5 +100,14 @@ def _from_arrow(column: Any) -> Any:
         inner = inner.flatten()
     is_number = pa.types.is_integer(inner.type) or pa.types.is_floating(inner.type) or pa.types.is_boolean(inner.type)
     if is_number and not inner.null_count and len(inner) == int(np.prod(shape)):
-        return inner.to_numpy(zero_copy_only=False).reshape(shape)
+        return _numbers(inner).reshape(shape)
     return array.to_pylist()
+
+
+def _numbers(array: Any) -> np.ndarray:
+    """The values of an array of numbers without nulls."""
+    start, end, values = array.offset, array.offset + len(array), array.buffers()[1]
+    if pa.types.is_boolean(array.type):
+        bits = np.unpackbits(np.frombuffer(values, dtype=np.uint8), count=end, bitorder="little")
+        return bits[start:].astype(bool)
+    return np.frombuffer(values, dtype=array.type.to_pandas_dtype())[start:end]

@@ -30,6 +30,7 @@ from vlbench.models.loaders.shared import (
     quiet_logging,
     seeded,
 )
+from vlbench.models.open_clip_import import import_open_clip
 from vlbench.models.text import Tokenizer, causal_text_embedding
 from vlbench.models.towers import ClipOtherTower, ClipResNetTower, ClipTimmTower, ClipViTTower, VisualTower
 from vlbench.models.vision import open_clip_config
@@ -49,8 +50,7 @@ def load(ref: str, *, weights: str | None = None, seed: int = 0) -> TorchBackbon
         UserError: for an unknown configuration or tag, weights that cannot be fetched, a file that does not fit or
             that needs another activation.
     """
-    import open_clip
-
+    open_clip = import_open_clip()
     kind, _, place = ref.partition(":")
     if kind in ("local-dir", "hf-hub") and place:
         folder = _hub_folder(place) if kind == "hf-hub" else Path(place).expanduser()
