@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,13 @@ from vlbench.adapters.matching import ADAPTER, Config, build_pools
 from vlbench.core.cards import ModelCard, Preprocess
 from vlbench.core.errors import UserError
 from vlbench.core.fingerprint import digest
-from vlbench.core.types import Region, Rows
+from vlbench.core.types import Example, Region, Rows
 from vlbench.data.images import decode
 from vlbench.data.sources import open_source
 from vlbench.data.taskdata import TaskData
 from vlbench.data.transforms import eval_transform, normalise
 from vlbench.models.backbone import TorchBackbone
+from vlbench.store.features import FeatureStore
 
 NAMES = ("ant", "bee", "cat", "dog")
 
@@ -135,6 +138,20 @@ def test_images_without_regions_have_no_right_object() -> None:
 # ------------------------------------------------------------------------------------- through a real backbone
 
 
+class Passed:
+    """Another source's examples."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+        self.spec, self.split, self.provides, self.classes = source.spec, source.split, source.provides, source.classes
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def ids(self) -> Any:
+        return self.source.ids()
+
+
 class _Reader(nn.Module):
     """Reads the mean colour under the boxes and the length of the text; a stand-in for a single-stream model."""
 
@@ -209,6 +226,41 @@ def test_a_crop_takes_its_boxes_along() -> None:
     assert lit.any(0).nonzero()[[0, -1], 0].tolist() == [5, 14]
     squash = eval_transform(Preprocess(image_size=(20, 20), resize="squash"))
     np.testing.assert_allclose(squash.view(image).box((20, 10, 40, 30)), (20 / 3, 5, 40 / 3, 15))
+
+
+def test_scores_are_kept_and_a_changed_box_is_another_pair(shapes: str, tmp_path: Path) -> None:
+    class Moved(Passed):
+        """The same images and captions with every box two pixels shorter."""
+
+        def __getitem__(self, index: int) -> Example:
+            example = self.source[index]
+            boxes = ((region, region.box_xyxy) for region in example.regions)
+            shorter = (replace(region, box_xyxy=(x1, y1, x2 - 2, y2)) for region, (x1, y1, x2, y2) in boxes)
+            return replace(example, regions=tuple(shorter))
+
+    def seen(source: Any) -> tuple[Rows, int]:
+        encoder = Encoder(backbone(), FeatureStore(tmp_path), batch_size=5)
+        return ADAPTER.predict(encoder, FakeData({"test": source}), Config(pool=4)), encoder.stats.images_encoded
+
+    opened = open_source(shapes, "test")
+    first, encoded = seen(opened)
+    assert encoded == len(first) / 4
+    again, encoded = seen(opened)
+    assert encoded == 0
+    assert np.array_equal(first["p"], again["p"])
+    moved, encoded = seen(Moved(opened))
+    assert encoded == len(first) / 4
+    assert not np.array_equal(first["p"], moved["p"])
+
+
+def test_another_file_of_features_under_the_same_name_is_other_data(tmp_path: Path) -> None:
+    (tmp_path / "a.npz").write_bytes(b"one")
+    config = Config(features=str(tmp_path))
+    before = config.contents()
+    assert before == config.contents()
+    (tmp_path / "a.npz").write_bytes(b"another")
+    assert config.contents() != before
+    assert Config().contents() == []
 
 
 def test_model_without_matching_says_so() -> None:

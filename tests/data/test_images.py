@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import tracemalloc
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from PIL import Image, ImageFile
 
 from tests.data.making import encoded, huge_png_header, pixels, png
 from vlbench.core.errors import BadExample
-from vlbench.data.images import decode, inspect, read_file
+from vlbench.core.types import Example
+from vlbench.data.images import decode, image_at, inspect, read_file
 
 
 def kind_of(data: bytes, **options: int) -> str:
@@ -134,3 +136,19 @@ def test_read_file_names_the_kind(tmp_path):
         with pytest.raises(BadExample) as caught:
             read_file(tmp_path / name)
         assert caught.value.kind == kind
+
+
+def test_image_of_a_source_is_told_by_source_and_split_where_it_cannot_be_read():
+    examples = [Example("a", image=png(1)), Example("b"), Example("c", image=png(1)[:60])]
+
+    class Source(SimpleNamespace):
+        def __getitem__(self, index):
+            return examples[index]
+
+    source = Source(spec="wds:x", split="test")
+    example, image = image_at(source, 0)
+    assert (example.id, image.mode, image.size) == ("a", "RGB", (10, 12))
+    for index, kind, where in ((1, "missing image", "wds:x (test): b"), (2, "truncated image", "wds:x (test): c")):
+        with pytest.raises(BadExample) as caught:
+            image_at(source, index)
+        assert (caught.value.kind, caught.value.where) == (kind, where)

@@ -157,6 +157,10 @@ def test_boxes_of_cocos_kind_are_right(box) -> None:
     assert box_problem(box, 12, 11) is None
 
 
+def test_a_box_of_many_numbers_is_told_in_one_line() -> None:
+    assert len(str(box_problem([1] * 10_000))) < 200
+
+
 def test_without_the_size_of_the_image_the_rest_is_still_checked() -> None:
     assert box_problem([500, 2, 3, 4]) is None
     assert "negative" in str(box_problem([500, 2, -3, 4]))

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from tests.train.conftest import on_ranks
+from tests.train.stopping import Stop, StopAt
 from vlbench.core.catalog import RECIPES
 from vlbench.core.config import override, parse
 from vlbench.core.errors import UserError
@@ -344,25 +345,6 @@ def test_align_learns_32_pairs_and_its_checkpoint_is_a_backbone(pairs: str, tmp_
     spec = backbone.card.text.model_copy(update={"tokenizer": "wordpiece:00000000"})
     backbone.card = backbone.card.model_copy(update={"text": spec})
     assert backbone_fingerprint(backbone) != before
-
-
-class Stop(Exception):
-    pass
-
-
-class StopAt:
-    def __init__(self, step: int) -> None:
-        self.last = step
-
-    def step(self, done: int, **_: float) -> None:
-        if done == self.last:
-            raise Stop
-
-    def record(self, record: Any) -> None:
-        pass
-
-    def say(self, text: str) -> None:
-        pass
 
 
 def test_resume_gives_the_same_bits_and_keeps_the_vocabulary(

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.recipes.test_recipes import batch_of
 from tests.train.conftest import on_ranks
+from tests.train.stopping import Stop, StopAt
 from vlbench.cli import main
 from vlbench.core.config import override
 from vlbench.core.errors import UserError
@@ -27,7 +28,6 @@ from vlbench.recipes.unicl.variants import caption_loss, labelled_cross_entropy
 from vlbench.train.distributed import session
 from vlbench.train.loop import fit
 from vlbench.train.losses import clip_loss
-from vlbench.train.progress import Silent
 
 CLASSES = ("ring", "star", "wave")
 LABELS_ONLY = ("cross_entropy", "supcon", "label_embedding")
@@ -179,16 +179,6 @@ def stripes(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return f"imagefolder:{root}", f"csv:{root / 'captions.csv'}"
 
 
-class Stop(Exception):
-    """As good as a power cut, but in this process."""
-
-
-class StopAt(Silent):
-    def step(self, done: int, **_: float) -> None:
-        if done == 14:
-            raise Stop
-
-
 # Embeddings that tell the classes apart and nothing else: what is left is ln of the positives there are to choose from.
 FLOORS = {
     "image_to_text": math.log(8),
@@ -209,7 +199,7 @@ def test_variant_learns_resumes_to_the_bit_and_leaves_a_backbone(
     config = config_of(variant, *changes, f"data={json.dumps(data)}")
     whole = fit(RECIPE, config, out=tmp_path / "whole")
     with pytest.raises(Stop):
-        fit(RECIPE, config, out=tmp_path / "stopped", watcher=StopAt())
+        fit(RECIPE, config, out=tmp_path / "stopped", watcher=StopAt(14))
     resumed = read_checkpoint(fit(RECIPE, config, out=tmp_path / "stopped", resume=True))["model"]
     weights = read_checkpoint(whole)["model"]
     assert weights.keys() == resumed.keys()

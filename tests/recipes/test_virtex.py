@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from tests.train.conftest import on_ranks
+from tests.train.stopping import Stop, StopAt
 from vlbench.core.catalog import RECIPES
 from vlbench.core.config import override, parse
 from vlbench.core.errors import RunError, UserError
@@ -408,23 +409,6 @@ def test_every_variant_trains_and_loads(variant: str, pictures: str, tmp_path: P
     else:
         with pytest.raises(UserError, match="writes no captions"):
             backbone.describe(images)
-
-
-class Stop(Exception):
-    """As good as a power cut."""
-
-
-class StopAt:
-    def __init__(self, step: int) -> None:
-        self.last = step
-
-    def step(self, done: int, **_: float) -> None:
-        if done == self.last:
-            raise Stop
-
-    def record(self, record: Any) -> None: ...
-
-    def say(self, text: str) -> None: ...
 
 
 @pytest.mark.parametrize("variant", ["bicaptioning", "masked_lm"])

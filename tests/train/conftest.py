@@ -65,15 +65,20 @@ def in_process(function: Callable[..., None], *args: Any, env: dict[str, str] | 
     return process
 
 
-def on_ranks(function: Callable[..., None], *args: Any, world: int = 2) -> None:
-    """Run ``function`` as torchrun would, in ``world`` processes."""
+def ranks_of(function: Callable[..., None], *args: Any, world: int = 2) -> list[Any]:
+    """Start ``function`` as torchrun would, in ``world`` processes, and return them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    processes = [
+    return [
         in_process(function, *args, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)
     ]
+
+
+def on_ranks(function: Callable[..., None], *args: Any, world: int = 2) -> None:
+    """Run ``function`` as torchrun would, in ``world`` processes."""
+    processes = ranks_of(function, *args, world=world)
     for process in processes:
         process.join(timeout=120)
     assert [process.exitcode for process in processes] == [0] * world
@@ -86,23 +91,15 @@ def stopped_and_resumed(config: Any, out: Path, *, stop: int, recipe: Any = None
     """
     import torch
 
+    from tests.train.stopping import Stop, StopAt
     from vlbench.models.weights import read_checkpoint
     from vlbench.recipes.supervised import RECIPE
     from vlbench.train.loop import fit
-    from vlbench.train.progress import Silent
-
-    class Stop(Exception):
-        pass
-
-    class Stopper(Silent):
-        def step(self, done: int, **_: float) -> None:
-            if done == stop:
-                raise Stop
 
     recipe = recipe or RECIPE
     whole = read_checkpoint(fit(recipe, config, out=out / "whole"))["model"]
     with pytest.raises(Stop):
-        fit(recipe, config, out=out / "stopped", watcher=Stopper())
+        fit(recipe, config, out=out / "stopped", watcher=StopAt(stop))
     saved = read_checkpoint(out / "stopped" / "ckpt.pt")["step"]
     assert 0 < saved <= stop
     torch.manual_seed(99)  # whatever the process did in between

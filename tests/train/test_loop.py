@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.train.conftest import CLASSES, in_process, on_ranks
+from tests.train.stopping import Stop, StopAt
 from vlbench.core.errors import RunError, UserError
 from vlbench.models.weights import checkpoint_assets, read_checkpoint
 from vlbench.recipes.supervised import RECIPE, Supervised
@@ -38,28 +39,6 @@ def untimed(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key not in timed} for record in records]
 
 
-class Stop(Exception):
-    """Raised by the watcher below: as good as a power cut, but in this process."""
-
-
-class StopAt:
-    """Stops a run after ``step`` steps, between checkpoints."""
-
-    def __init__(self, step: int) -> None:
-        self.last = step
-        self.said: list[str] = []
-
-    def step(self, done: int, **_: float) -> None:
-        if done == self.last:
-            raise Stop
-
-    def record(self, record: Any) -> None:
-        assert record["images_per_second"] > 0
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, settings: Callable[..., Any]) -> Path:
     """The uninterrupted run."""
@@ -81,6 +60,7 @@ def test_fit_learns_and_writes_a_self_describing_checkpoint(whole: Path, setting
     records = log_of(whole.parent)
     assert [record["step"] for record in records] == [2, 4, 6, 8, 10, 12]
     assert records[-1]["loss"] < records[0]["loss"]
+    assert all(record["images_per_second"] > 0 for record in records)
     assert set(records[0]) >= {"loss", "lr", "grad_norm", "images_per_second", "data_wait", "seconds", "samples_seen"}
     stored = json.loads((whole.parent / "config.json").read_text())
     assert stored["config"]["steps"] == 12

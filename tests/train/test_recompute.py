@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.train.stopping import Stop, StopAt
 from vlbench.core.errors import UserError
 from vlbench.models.text import TextConfig
 from vlbench.models.two_tower import TwoTower
@@ -19,7 +20,6 @@ from vlbench.models.weights import read_checkpoint
 from vlbench.recipes.supervised import RECIPE
 from vlbench.train.blocks import blocks
 from vlbench.train.loop import fit
-from vlbench.train.progress import Silent
 from vlbench.train.recompute import recompute_blocks
 
 TINY_VIT = {"layers": 3, "width": 32, "heads": 2, "patch_size": 8}
@@ -122,16 +122,8 @@ def test_runs_with_and_without_are_one_run(settings: Callable[..., Any], tmp_pat
 
 
 def test_resumed_run_may_begin_to_recompute(settings: Callable[..., Any], tmp_path: Path) -> None:
-    class Stop(Exception):
-        pass
-
-    class Stopper(Silent):
-        def step(self, done: int, **_: float) -> None:
-            if done == 9:
-                raise Stop
-
     plain = read_checkpoint(fit(RECIPE, settings(), out=tmp_path / "plain"))["model"]
     with pytest.raises(Stop):
-        fit(RECIPE, settings(), out=tmp_path / "run", watcher=Stopper())
+        fit(RECIPE, settings(), out=tmp_path / "run", watcher=StopAt(9))
     path = fit(RECIPE, settings("checkpoint_activations=true"), out=tmp_path / "run", resume=True)
     assert all(torch.equal(plain[name], value) for name, value in read_checkpoint(path)["model"].items())

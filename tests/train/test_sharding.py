@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tests.train.conftest import on_ranks
+from tests.train.stopping import Stop, StopAt
 from vlbench.core.config import override
 from vlbench.core.errors import RunError, UserError
 from vlbench.models.load import load_backbone
@@ -24,7 +25,6 @@ from vlbench.train.config import OptimConfig
 from vlbench.train.distributed import session
 from vlbench.train.loop import fit
 from vlbench.train.optim import build_optimizer
-from vlbench.train.progress import Silent
 from vlbench.train.sharding import clip_gradients, cut_optimizer_state, shard_weights, whole_state
 
 
@@ -147,16 +147,6 @@ def test_optimizers_step_as_unsharded_ones_and_their_state_travels(optimizer: st
     on_ranks(rank)
 
 
-class Stop(Exception):
-    pass
-
-
-class StopAt3(Silent):
-    def step(self, done: int, **_: float) -> None:
-        if done == 3:
-            raise Stop
-
-
 def test_resumed_run_is_the_same_to_the_bit_and_keeps_its_ranks(
     config: ClipConfig, sharded: Path, tmp_path: Path
 ) -> None:
@@ -164,7 +154,7 @@ def test_resumed_run_is_the_same_to_the_bit_and_keeps_its_ranks(
 
     def stopped() -> None:
         with pytest.raises(Stop):
-            train(config, tmp_path, watcher=StopAt3())
+            train(config, tmp_path, watcher=StopAt(3))
 
     on_ranks(stopped)
     saved = read_checkpoint(tmp_path / "ckpt.pt")

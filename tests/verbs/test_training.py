@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from tests.verbs.test_crew import _numbers, _run, _shards, _stored, _together, _words, table
+from tests.verbs.test_crew import MODEL, _numbers, _run, _shards, _stored, _together, _words, table
+from vlbench.cli import main
 from vlbench.core.catalog import ADAPTERS
 from vlbench.core.types import Result
 from vlbench.store.results import ResultStore
@@ -61,6 +62,46 @@ def test_a_finished_model_is_used_again_and_force_trains_it_again(
     forced = _run(table, tmp_path, monkeypatch, "--tasks", "tuned", "--force")
     assert "step 10/30" in capsys.readouterr().err
     assert _numbers(forced) == _numbers(first)
+
+
+def test_a_forced_call_that_failed_is_gone_on_with_by_the_next(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = _run(table, tmp_path, monkeypatch, "--tasks", "tuned")
+    monkeypatch.setenv("TUNED_FAILS", "judge")
+    assert main([*_words(table, tmp_path, tasks="tuned"), "--force"]) == 1
+    monkeypatch.delenv("TUNED_FAILS")
+    capsys.readouterr()
+    forced = _run(table, tmp_path, monkeypatch, "--tasks", "tuned", "--force")
+    said = capsys.readouterr().err
+    assert "resuming from step 10 of 30" in said
+    assert re.search("going on with what was begun anew; to begin at step 0, delete .*/cache/finetune/", said)
+    assert _numbers(forced) == _numbers(first)
+    _run(table, tmp_path, monkeypatch, "--tasks", "tuned", "--force")
+    assert "step 10/30" in capsys.readouterr().err
+
+
+def test_force_with_a_precision_spread_trains_one_model_once(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--tasks", "tuned", "--precision-spread")
+    _run(table, tmp_path, monkeypatch, *words)
+    capsys.readouterr()
+    _run(table, tmp_path, monkeypatch, *words, "--force")
+    said = capsys.readouterr()
+    assert said.err.count("step 10/30  loss") == 1
+    assert "  bf16: acc1" in said.out
+
+
+@pytest.mark.parametrize("start", ["init", "bert"])
+def test_a_start_that_is_not_there_is_said_before_the_data_are_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], start: str
+) -> None:
+    monkeypatch.setenv("VLBENCH_CACHE", str(tmp_path / "cache"))
+    words = ["eval", "--model", f"{MODEL}:build", "--tasks", "vqa/shapes", "--set", f"{start}={tmp_path}/nowhere"]
+    assert main([*words, "--results", str(tmp_path / "results"), "--device", "cpu"]) == 1
+    assert re.search(r"FAILED: .*nowhere", capsys.readouterr().err)
+    assert not (tmp_path / "cache" / "shapes").exists(), "the embedded world would have been made"
 
 
 def test_two_processes_train_the_model_of_one(table: Path, tmp_path: Path, alone: dict[str, Result]) -> None:

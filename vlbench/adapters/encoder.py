@@ -14,18 +14,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from vlbench.core.errors import BadExample, UserError
+from vlbench.core.errors import UserError
 from vlbench.core.fingerprint import digest, fingerprint
 
 if TYPE_CHECKING:  # never at run time: adapters must load without torch
     import torch
 
-    from vlbench.core.cards import Preprocess
     from vlbench.core.types import Backbone, Source
+    from vlbench.data.transforms import EvalTransform
 
 Share: TypeAlias = "Callable[[str, Sequence[str]], AbstractContextManager[Sequence[str]]]"
 """``with share("images", digests) as mine``, or ``("texts", texts)``: what this process is to encode and append. When
@@ -200,7 +201,7 @@ class Encoder:
     ) -> list[np.ndarray]:
         """``p(match)`` of the image at each index with each of its texts, float32, from the two read together.
 
-        Nothing is stored: a pair is asked for once. Every process of several does all of it.
+        Where several processes divide the pairs, all of them ask for the same ones.
 
         Args:
             source: the images, whose regions go along.
@@ -214,11 +215,7 @@ class Encoder:
         """
         from vlbench.adapters.common.pairs import match_scores
 
-        began = time.perf_counter()
-        found = match_scores(self, self.mode, source, indices, texts, features=features)
-        self.stats.images_encoded += len(indices)
-        self.stats.image_seconds += time.perf_counter() - began
-        return found
+        return match_scores(self, source, indices, texts, features=features)
 
     def encode_images(self, source: Source, index_of: Mapping[str, int]) -> None:
         """Encode the images at ``index_of`` (digest → index) and append them, shard by shard, in the source's order."""
@@ -240,9 +237,11 @@ class Encoder:
 
     def encode_texts(self, texts: Sequence[str]) -> None:
         """Encode distinct texts and append them, shard by shard."""
-        for shard in _batches(texts, SHARD_ROWS):
+        from vlbench.data.loading import in_batches
+
+        for shard in in_batches(texts, SHARD_ROWS):
             began = time.perf_counter()
-            rows = [self._encode_texts(part) for part in _batches(shard, self.batch_size)]
+            rows = [self._encode_texts(part) for part in in_batches(shard, self.batch_size)]
             self.stats.text_seconds += time.perf_counter() - began
             self.stats.texts_encoded += len(shard)
             self._texts.append([digest(text.encode("utf-8")) for text in shard], {"embed": np.concatenate(rows)})
@@ -278,16 +277,16 @@ class Encoder:
 
     def _pixels(self, source: Source, indices: Sequence[int]) -> Iterator[torch.Tensor]:
         """uint8 ``images_BCHW`` of the examples at ``indices``, in order."""
-        from torch.utils.data import DataLoader
+        from vlbench.data.loading import in_batches, loaded
+        from vlbench.data.transforms import eval_transform
 
-        pixels = _Pixels(source, indices, self.backbone.card.preprocess)
-        workers = min(self.workers, -(-len(indices) // self.batch_size))
-        for images_BCHW, error in DataLoader(
-            pixels, self.batch_size, num_workers=workers, collate_fn=_stack, pin_memory=self.device.startswith("cuda")
-        ):
-            if error is not None:
-                raise error
-            yield images_BCHW
+        batches = in_batches(indices, self.batch_size)
+        return loaded(
+            partial(_transformed, source, eval_transform(self.backbone.card.preprocess)),
+            batches,
+            workers=min(self.workers, len(batches)),
+            pin=self.device.startswith("cuda"),
+        )
 
     def _encode_images(self, images_BCHW: torch.Tensor, ids: Sequence[str]) -> dict[str, np.ndarray]:
         """Columns of float32 features of one batch of uint8 images."""
@@ -366,35 +365,6 @@ class _Shard:
         return len(self.digests) >= SHARD_ROWS or self.age() >= SHARD_SECONDS
 
 
-class _Pixels:
-    """Decoded uint8 images of chosen examples, for a DataLoader; a broken one comes back as its error.
-
-    torch would turn a worker's BadExample into a RuntimeError with a traceback, so it travels as a value.
-    """
-
-    def __init__(self, source: Source, indices: Sequence[int], preprocess: Preprocess) -> None:
-        from vlbench.data.transforms import eval_transform
-
-        self.source = source
-        self.indices = indices
-        self.transform = eval_transform(preprocess)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> torch.Tensor | UserError:
-        from vlbench.data.images import decode
-
-        try:
-            example = self.source[self.indices[position]]
-            where = f"{self.source.spec} ({self.source.split}): {example.id}"
-            if example.image is None:
-                return UserError(f"{where}: has no image")
-            return self.transform(decode(example.image, where=where))
-        except BadExample as error:
-            return error
-
-
 class _MemoryStore:
     """What a FeatureStore does, without a disk."""
 
@@ -423,21 +393,16 @@ class _MemoryTable:
         return {name: np.stack([self._columns[name][item] for item in digests]) for name in columns}
 
 
-def _stack(items: Sequence[torch.Tensor | UserError]) -> tuple[torch.Tensor | None, UserError | None]:
+def _transformed(source: Source, transform: EvalTransform, indices: Sequence[int]) -> torch.Tensor:
+    """uint8 ``images_BCHW``."""
     import torch
 
-    for item in items:
-        if isinstance(item, UserError):
-            return None, item
-    return torch.stack(list(items)), None
+    from vlbench.data.images import image_at
+
+    return torch.stack([transform(image_at(source, index)[1]) for index in indices])
 
 
 @contextlib.contextmanager
 def _keep(what: str, keys: Sequence[str]) -> Iterator[Sequence[str]]:
     """The share of a process that is alone: everything."""
     yield keys
-
-
-def _batches(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

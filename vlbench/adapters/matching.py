@@ -34,6 +34,7 @@ from vlbench.core.config import Config as BaseConfig
 from vlbench.core.errors import UserError
 from vlbench.core.fingerprint import digest
 from vlbench.core.types import Estimate, Example, Outcomes, Part, Provides, Rows
+from vlbench.data.regions.open import stamp
 from vlbench.stats.ranked import pseudo_values, roc_auc
 
 _OWN, _AGAINST = 0, 1  # places in a pool: the own caption, and the one that ROC-AUC and accuracy hold against it
@@ -48,6 +49,10 @@ class Config(BaseConfig):
     features: str | None = Field(
         default=None, description="file of region features of the test images, for models that read such"
     )
+
+    def contents(self) -> list[str]:
+        """What lies in the file of features: its path alone does not say it."""
+        return [] if self.features is None else [stamp(self.features)]
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,8 @@ class Matching:
     needs: ClassVar[frozenset[Part]] = frozenset({"image", "text"})
     requires: ClassVar[frozenset[Provides]] = frozenset({"match"})
     splits: ClassVar[tuple[str, ...]] = ("test",)
+    together: ClassVar[bool] = True
+    """Every process draws the same pools and scores a share of the pairs."""
 
     def predict(self, encoder: Any, data: Any, config: Config) -> Rows:
         """One row a pair: ``id, image, place`` (0: the own caption), ``names, p``."""

@@ -22,6 +22,15 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode("utf-8")).hexdigest()[:16]
 
 
+def fingerprint_words(words: Iterable[str]) -> str:
+    """A 16-digit fingerprint of words in their order, however many: they are never held together."""
+    total = hashlib.sha256()
+    for word in words:
+        encoded = word.encode("utf-8", "surrogatepass")
+        total.update(len(encoded).to_bytes(8, "little") + encoded)
+    return total.hexdigest()[:16]
+
+
 def digest(data: bytes) -> str:
     """The 32-digit hexadecimal digest (BLAKE2b, 128 bits) by which the stores know one image or one text."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()

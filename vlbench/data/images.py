@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from vlbench.core.errors import BadExample
+from vlbench.core.types import Example, Source
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "pgm", "tif", "tiff")
 """Lower case, without the dot, in the order in which a reader prefers them."""
@@ -90,6 +91,15 @@ def decode(data: bytes, *, where: str, max_pixels: int = MAX_PIXELS) -> Image.Im
         ) from None
     except Exception as error:  # PIL's plug-ins raise a dozen types on damaged data
         raise BadExample("truncated image", where, str(error) or type(error).__name__) from None
+
+
+def image_at(source: Source, index: int) -> tuple[Example, Image.Image]:
+    """The example and its image, decoded. Raises BadExample, also where it has none, naming source and split."""
+    example = source[index]
+    where = f"{source.spec} ({source.split}): {example.id}"
+    if example.image is None:
+        raise BadExample("missing image", where, "this example has no image")
+    return example, decode(example.image, where=where)
 
 
 def inspect(data: bytes, where: str, *, max_pixels: int = MAX_PIXELS) -> ImageInfo:

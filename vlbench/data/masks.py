@@ -38,17 +38,18 @@ def box_problem(box: Any, height: int | None = None, width: int | None = None) -
 
     A box without area is no mistake: COCO has some. Sides of the image that are not known are not checked against.
     """
+    said = f"bbox {box!r:.100}"
     if not isinstance(box, list | tuple) or len(box) != 4 or not set(map(type, box)) <= {int, float}:
-        return f"bbox {box!r} is not [left, top, width, height]"
+        return f"{said} is not [left, top, width, height]"
     left, top, across, down = box
     if not math.isfinite(left + top + across + down):
-        return f"bbox {box!r} has a number that is not finite"
+        return f"{said} has a number that is not finite"
     if across < 0 or down < 0:
-        return f"bbox {box!r} has a negative size"
+        return f"{said} has a negative size"
     right = math.inf if width is None else width + BESIDE_IMAGE
     bottom = math.inf if height is None else height + BESIDE_IMAGE
     if left < -BESIDE_IMAGE or top < -BESIDE_IMAGE or left + across > right or top + down > bottom:
-        return f"bbox {box!r} reaches outside its image of {_size(height, width)}"
+        return f"{said} reaches outside its image of {_size(height, width)}"
     return None
 
 

@@ -7,34 +7,36 @@ a resume changes what the model sees; with ``order=shards`` the number of ranks 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Sampler
 
 from vlbench.core.errors import BadExample, UserError
-from vlbench.core.types import Example, Recipe, Region, Sample
+from vlbench.core.fingerprint import fingerprint_words
+from vlbench.core.types import Example, Recipe, Sample
 from vlbench.data.images import decode
+from vlbench.data.loading import loaded
 from vlbench.data.prompting import draw_text
 from vlbench.data.shard_order import ByShard, shard_sizes
 from vlbench.data.sources import open_source
 from vlbench.data.spec import parse_spec
 from vlbench.data.stream import BadTally, Mixture
-from vlbench.data.transforms import View, augment
+from vlbench.data.transforms import augment
 from vlbench.train.config import PretrainConfig
 from vlbench.train.distributed import Ranks
 from vlbench.train.run_config import RunConfig
 from vlbench.train.templates import named_templates
 
 Batch: TypeAlias = dict[str, torch.Tensor]
-Item: TypeAlias = tuple[Sample, tuple[BadExample, ...]]
+S = TypeVar("S")
 
-_PREFETCH = 4  # batches that each loader process keeps ready
+PREFETCH = 4
+"""Batches that each loader process keeps ready."""
 _ALONE = Ranks()
 _QUESTIONS = frozenset({"question", "pair", "hypothesis", "expression"})
 
@@ -97,26 +99,18 @@ def data_identity(config: PretrainConfig, mixture: Mixture) -> list[dict[str, An
         {
             "spec": source.spec,
             "examples": len(source),
-            "classes": _digest(source.classes or ()),
-            "ids": _digest(source.ids()),
-            "labels": _digest(map(str, source.labels() or ())),
-            "templates": _digest(named_templates(config.templates, source.templates)),
-            **({"shards": _digest(map(str, shard_sizes(source)))} if config.order == "shards" else {}),
+            "classes": fingerprint_words(source.classes or ()),
+            "ids": fingerprint_words(source.ids()),
+            "labels": fingerprint_words(map(str, source.labels() or ())),
+            "templates": fingerprint_words(named_templates(config.templates, source.templates)),
+            **({"shards": fingerprint_words(map(str, shard_sizes(source)))} if config.order == "shards" else {}),
         }
         for source in mixture.sources
     ]
 
 
-def _digest(words: Iterable[str]) -> str:
-    total = hashlib.sha256()
-    for word in words:
-        encoded = word.encode("utf-8", "surrogatepass")
-        total.update(len(encoded).to_bytes(8, "little") + encoded)
-    return total.hexdigest()[:16]
-
-
-class Samples(Dataset[Item | UserError]):
-    """The stream as a torch data set: index = position."""
+class Samples:
+    """The sample at each position of the stream."""
 
     def __init__(self, recipe: Recipe, config: PretrainConfig, mixture: Mixture) -> None:
         self.recipe = recipe
@@ -125,16 +119,10 @@ class Samples(Dataset[Item | UserError]):
         self._needs = recipe.needs_of(config)
         self._templates = [named_templates(config.templates, source.templates) for source in mixture.sources]
 
-    def __getitem__(self, position: int) -> Item | UserError:
-        """The sample at ``position`` and the bad examples it was reached over.
-
-        An error of the user's comes back as a value: raised in a loader process, it would arrive as a traceback.
-        """
+    def __call__(self, position: int) -> tuple[Sample, tuple[BadExample, ...]]:
+        """The sample at ``position`` and the bad examples it was reached over. Raises RunError for too many of them."""
         source, _, _ = self.mixture.locate(position)
-        try:
-            return self.mixture.sample(position, partial(self._make, self._templates[source]))
-        except UserError as error:
-            return error
+        return self.mixture.sample(position, partial(self._make, self._templates[source]))
 
     def _make(self, templates: Sequence[str], example: Example, label: int, rng: np.random.Generator) -> Sample:
         assert example.image is not None, "the mixture checks this"
@@ -148,7 +136,7 @@ class Samples(Dataset[Item | UserError]):
             label=label,
             flipped=view.flipped,
             id=example.id,
-            regions=_in_view(example.regions, view) if "regions" in self._needs else (),
+            regions=view.regions(example.regions) if "regions" in self._needs else (),
             seed=int(rng.integers(2**63)),
         )
 
@@ -159,16 +147,6 @@ class Samples(Dataset[Item | UserError]):
             languages = ", ".join(self.config.languages)
             raise BadExample(f"no text in {languages}", example.id, "and no label to make one of")
         return text
-
-
-def _in_view(regions: Sequence[Region], view: View) -> tuple[Region, ...]:
-    """The regions of which the view shows at least a pixel each way; their masks stay behind."""
-    moved = (replace(region, box_xyxy=view.box(region.box_xyxy), segmentation=None) for region in regions)
-    return tuple(region for region in moved if _sides(region.box_xyxy) >= 1)
-
-
-def _sides(box_xyxy: Sequence[float]) -> float:
-    return min(box_xyxy[2] - box_xyxy[0], box_xyxy[3] - box_xyxy[1])
 
 
 class Positions(Sampler[list[int]]):
@@ -190,33 +168,13 @@ class Positions(Sampler[list[int]]):
             yield list(range(first, first + share))
 
 
-class _Collate:
-    """Items to a batch, with the bad examples that were met; it travels to the loader processes."""
-
-    def __init__(self, recipe: Recipe, config: PretrainConfig) -> None:
-        self.recipe = recipe
-        self.config = config
-
-    def __call__(self, items: Sequence[Item | UserError]) -> tuple[Batch, list[BadExample]] | UserError:
-        samples, bad = [], []
-        for item in items:
-            if isinstance(item, UserError):
-                return item
-            samples.append(item[0])
-            bad.extend(item[1])
-        try:
-            return self.recipe.collate(self.config, samples), bad
-        except UserError as error:
-            return error
-
-
 def batches(
     recipe: Recipe, config: PretrainConfig, mixture: Mixture, *, start: int, here: Ranks, pin: bool
 ) -> Iterator[Batch]:
     """One rank's batches from step ``start`` on, ``config.loads`` a step. Bad examples go to ``mixture.tally``."""
     return stream(
         Samples(recipe, config, mixture),
-        _Collate(recipe, config),
+        partial(recipe.collate, config),
         config,
         tally=mixture.tally,
         start=start,
@@ -226,8 +184,8 @@ def batches(
 
 
 def stream(
-    samples: Dataset[Any],
-    collate: Callable[[Sequence[Any]], tuple[Batch, list[BadExample]] | UserError],
+    sample_at: Callable[[int], tuple[S, Sequence[BadExample]]],
+    collate: Callable[[Sequence[S]], Batch],
     config: RunConfig,
     *,
     tally: BadTally,
@@ -235,25 +193,31 @@ def stream(
     here: Ranks,
     pin: bool,
 ) -> Iterator[Batch]:
-    """One rank's batches of ``samples``, which are indexed by stream position, from step ``start`` on.
+    """One rank's batches from step ``start`` on.
 
-    An error of the user's comes out of ``collate`` as a value: raised in a loader process, it would arrive as a
-    traceback. It is raised here.
+    Args:
+        sample_at: the sample at a position of the stream, and the bad examples it was reached over.
+        collate: samples to a batch. Both are called in loader processes.
+        config: of the run.
+        tally: counts the bad examples of every batch before it is yielded, and may stop the run.
+        start: the first step.
+        here: which rank this is, of how many.
+        pin: whether batches should lie in page-locked memory.
     """
-    loader: DataLoader[Any] = DataLoader(
-        samples,
-        batch_sampler=Positions(config, start=start, here=here),
-        collate_fn=collate,
-        num_workers=config.workers,
-        # Forked: a spawned process would import torch and open the data again, about ten seconds each.
-        multiprocessing_context="fork" if config.workers else None,
-        prefetch_factor=_PREFETCH if config.workers else None,
-        pin_memory=pin,
-    )
+    positions = Positions(config, start=start, here=here)
     drawn = config.batch_size // config.loads // here.world
-    for collated in loader:
-        if isinstance(collated, UserError):
-            raise collated
-        batch, bad = collated
+    for batch, bad in loaded(_Collated(sample_at, collate), positions, workers=config.workers, ahead=PREFETCH, pin=pin):
         tally.record(bad, drawn=drawn)
         yield batch
+
+
+@dataclass(frozen=True)
+class _Collated(Generic[S]):
+    """The batch of several positions, with the bad examples that were met."""
+
+    sample_at: Callable[[int], tuple[S, Sequence[BadExample]]]
+    collate: Callable[[Sequence[S]], Batch]
+
+    def __call__(self, positions: Sequence[int]) -> tuple[Batch, list[BadExample]]:
+        found = [self.sample_at(position) for position in positions]
+        return self.collate([sample for sample, _ in found]), [error for _, bad in found for error in bad]

@@ -7,7 +7,8 @@ first one's status. No image is encoded twice, and no batch is padded to make sh
 
 A task whose adapter trains (``trains = True``) is done by all of them ``together``: every process runs the adapter's
 predict on the same data, so that the trainer sees the process group; what is missing in the feature store is then
-dealt out without orders, since all come to the same place and ask. The first alone scores and stores.
+dealt out without orders, since all come to the same place and ask. The first alone scores and stores. An adapter that
+trains nothing is run so too where no order can say what is to be done (``together = True``: pairs to be scored).
 
 Orders and answers are small objects over gloo, on GPUs as on CPUs; gradients go over NCCL where there are GPUs. An
 error in one process travels in its answer and fails the task in the first, with one line; while all train, an error

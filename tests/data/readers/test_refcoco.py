@@ -148,12 +148,12 @@ def boxed(box) -> dict:
 BROKEN = {
     "a box outside its image": (
         boxed([50, 0, 20, 10]),
-        r"instances\.json, annotations 0 \(id 10\): bbox \[50, 0, 20, 10\] is not inside its image of 60 x 40 pixels",
+        r"instances\.json, annotations 0 \(id 10\): bbox \[50, 0, 20, 10\] reaches outside its image of 40 x 60 pixels",
     ),
-    "a box of negative width": (boxed([50, 0, -20, 10]), r"\(id 10\): bbox .* is not inside its image"),
+    "a box of negative width": (boxed([50, 0, -20, 10]), r"\(id 10\): bbox .* has a negative size"),
     "a box of three": (boxed([1, 2, 3]), r"\(id 10\): bbox \[1, 2, 3\] is not \[left, top, width, height\]"),
     "a box of no numbers": (boxed([1, 2, 3, "4"]), r"\(id 10\): bbox .* is not \[left, top, width, height\]"),
-    "a box of NaN": (boxed([1, 2, float("nan"), 4]), r"\(id 10\): bbox .* is not inside its image"),
+    "a box of NaN": (boxed([1, 2, float("nan"), 4]), r"\(id 10\): bbox .* has a number that is not finite"),
     "no box": (
         {"boxes": instances(annotations=[{"id": 10, "image_id": 1, "category_id": 18}])},
         r"\(id 10\): 'bbox' is missing",

@@ -10,12 +10,52 @@ N examples.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Sized
+from typing import Any, TypeVar
 
 import numpy as np
 
 from vlbench.core.errors import UserError
 from vlbench.core.fingerprint import fingerprint
+from vlbench.core.types import Source
+
+T = TypeVar("T", bound=Sized)
+
+
+def learn_and_choose(
+    data: Any,
+    share: float,
+    *,
+    read: Callable[[Source], T],
+    take: Callable[[T, Sequence[int]], T],
+    images: Callable[[T], Sequence[Sequence[str]]],
+    groups: Callable[[T], Sequence[str] | None] = lambda train: None,
+    unit: str,
+) -> tuple[T, T, tuple[str, ...], list[str]]:
+    """What is learnt from and what is chosen on: val where another split is reported, else a share of train.
+
+    Args:
+        data: a ``data.taskdata.TaskData``, which has no val where val is reported.
+        share: of the distinct training images, held out where val does not choose.
+        read: what a split is to be.
+        take: some of the examples of what ``read`` gave.
+        images: the digests of the images of each example.
+        groups: of each example, where there are such: see ``held_out_by_image``.
+        unit: what the note says was counted.
+
+    Returns:
+        What is learnt from, what is chosen on, the roles of the splits that both are of, and a note where images are
+        held out.
+
+    Raises:
+        UserError: where no training image can be held out.
+    """
+    train = read(data.split("train"))
+    if data.has("val"):
+        return train, read(data.split("val")), ("train", "val"), []
+    held_N = held_out_by_image(images(train), share, where=data.spec, groups=groups(train))
+    learn, choose = (take(train, np.flatnonzero(rows).tolist()) for rows in (~held_N, held_N))
+    return learn, choose, ("train",), [f"chosen on {len(choose):,} of {len(train):,} training {unit}"]
 
 
 def held_out_by_image(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 
 from vlbench.adapters.common.classification import IMAGE_DIGITS, overlap_note
-from vlbench.adapters.common.held_out import held_out_by_image
+from vlbench.adapters.common.held_out import learn_and_choose
 from vlbench.core.errors import UserError
 from vlbench.core.types import Source
 from vlbench.data.digests import Content, content_digests
@@ -108,15 +108,15 @@ def splits_of(
     Raises:
         UserError: where no training image can be held out.
     """
-    train = read(data.split("train"))
-    if data.has("val"):
-        learn, choose, roles = train, read(data.split("val")), ("train", "val")
-        notes = []
-    else:
-        held_N = held_out_by_image(train.images, config.held_out, where=data.spec, groups=train.groups)
-        learn, choose = (train.take(np.flatnonzero(rows).tolist()) for rows in (~held_N, held_N))
-        roles = ("train",)
-        notes = [f"chosen on {len(choose):,} of {len(train):,} training examples: {config.held_out:g} of the images"]
+    learn, choose, roles, notes = learn_and_choose(
+        data,
+        config.held_out,
+        read=read,
+        take=lambda train, chosen: train.take(chosen),
+        images=lambda train: train.images,
+        groups=lambda train: train.groups,
+        unit=f"examples: {config.held_out:g} of the images",
+    )
     asked = {}
     for role in reported:
         if data.has(role):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from vlbench.finetune.fusion.bank import RegionBank
+    from vlbench.finetune.fusion.views import Squash
     from vlbench.models.roi import DeepestMaps
 
 SHARD_BYTES = 1 << 26
@@ -218,35 +220,26 @@ def _encode(
 
 def _decoded(encoder: Any, images: Sequence[_Image], grid: int) -> Iterator[tuple[torch.Tensor, list[np.ndarray]]]:
     """uint8 ``images_BCHW`` in order, and each one's boxes in their pixels."""
-    from torch.utils.data import DataLoader
+    from vlbench.data.loading import in_batches, loaded
+    from vlbench.finetune.fusion.views import Squash
 
-    squashed: Any = _Squashed(images, encoder.backbone.card.preprocess, grid)
-    workers = min(encoder.workers, -(-len(images) // encoder.batch_size))
-    pin = encoder.device.startswith("cuda")
-    loader = DataLoader(squashed, encoder.batch_size, num_workers=workers, collate_fn=_stack, pin_memory=pin)
-    for images_BCHW, boxes, error in loader:
-        if error is not None:
-            raise error
-        yield images_BCHW, [own.numpy() for own in boxes]
+    # Places, not images: each of those would take its source along to the loader process.
+    batches = in_batches(range(len(images)), encoder.batch_size)
+    return loaded(
+        partial(_squashed, images, Squash(encoder.backbone.card.preprocess), grid),
+        batches,
+        workers=min(encoder.workers, len(batches)),
+        pin=encoder.device.startswith("cuda"),
+    )
 
 
-class _Squashed:
-    """One image and its boxes; a broken one comes back as its error, as in ``encoder``."""
+def _squashed(
+    images: Sequence[_Image], squash: Squash, grid: int, places: Sequence[int]
+) -> tuple[torch.Tensor, list[np.ndarray]]:
+    import torch
 
-    def __init__(self, images: Sequence[_Image], preprocess: Any, grid: int) -> None:
-        from vlbench.finetune.fusion.views import Squash
-
-        self.images, self.squash, self.grid = images, Squash(preprocess), grid
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, position: int) -> tuple[torch.Tensor, np.ndarray] | UserError:
-        image = self.images[position]
-        try:
-            return self.squash(image.source, image.index, image.boxes, grid=self.grid)
-        except UserError as error:
-            return error
+    found = [squash(image.source, image.index, image.boxes, grid=grid) for image in (images[place] for place in places)]
+    return torch.stack([image_CHW for image_CHW, _ in found]), [boxes_R4 for _, boxes_R4 in found]
 
 
 class _Shard:
@@ -288,12 +281,3 @@ def _check_finite(model: str, image: _Image, features_RF: np.ndarray, pooled_P: 
             f"{model}: features of {image.source.ids()[image.index]!r} are not finite; check the weights, or run with "
             "--precision fp32"
         )
-
-
-def _stack(items: Sequence[Any]) -> tuple[Any, Any, UserError | None]:
-    import torch
-
-    for item in items:
-        if isinstance(item, UserError):
-            return None, None, item
-    return torch.stack([image for image, _ in items]), [torch.from_numpy(boxes) for _, boxes in items], None

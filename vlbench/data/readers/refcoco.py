@@ -22,26 +22,25 @@ from typing import Any
 from vlbench.core.errors import UserError
 from vlbench.core.names import unknown
 from vlbench.core.types import Example, Part, Region
+from vlbench.data.masks import box_problem
 from vlbench.data.readers.annotations import (
     IMAGES_OPTION,
+    AsksOfFiles,
     field,
     find_images,
     image_folders,
-    image_of,
     objects,
     read_json,
     refuse_repeated,
     shown,
     split_files,
 )
-from vlbench.data.sources import BaseSource, Reader, split_table
+from vlbench.data.sources import Reader, split_table
 from vlbench.data.spec import DataSpec, local_path
 
 _REFS = re.compile(r"refs\((?P<split>\w+)\)\.json")
 _INSTANCES = "instances.json"
 _FOLDERS = ("train2014", "images/train2014", "mscoco/images/train2014", "coco/train2014")
-_TOLERANCE = 1.0
-"""Pixels by which COCO's own boxes, measured from polygons, may leave their image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +69,10 @@ class _Ref:
     phrases: tuple[str, ...]
 
 
-class RefcocoSource(BaseSource):
+class RefcocoSource(AsksOfFiles):
     """The references of one split."""
+
+    unit = "ref_id "
 
     def __init__(
         self, spec: DataSpec, split: str, refs: Sequence[_Ref], instances: _Instances, images: str | None
@@ -87,12 +88,11 @@ class RefcocoSource(BaseSource):
     def __len__(self) -> int:
         return len(self._refs)
 
-    def __getitem__(self, index: int) -> Example:
+    def without_images(self, index: int) -> Example:
+        """A reference, its phrases and all objects of its image."""
         ref = self._refs[index]
-        file = self._files[ref.image]
         return Example(
             id=str(ref.id),
-            image=None if self._images is None else image_of(f"{self._images}/{file}", f"ref_id {ref.id}"),
             texts={"en": ref.phrases},
             regions=self._regions[ref.image],
             extra={
@@ -103,6 +103,10 @@ class RefcocoSource(BaseSource):
                 "split": ref.split,
             },
         )
+
+    def image_files(self, index: int) -> Mapping[str, str]:
+        """The image that the reference is in, where there are images."""
+        return {} if self._images is None else {"image": f"{self._images}/{self._files[self._refs[index].image]}"}
 
     def ids(self) -> Sequence[str]:
         """``ref_id``, in the order of the file."""
@@ -183,16 +187,13 @@ def _read_instances(file: Path) -> _Instances:
 
 
 def _box(item: Mapping[str, Any], image: _Image, where: str) -> tuple[float, float, float, float]:
-    """Corners in pixels, cut to the image where the box leaves it by less than the tolerance."""
+    """Corners in pixels, cut to the image: COCO's own boxes, measured from polygons, leave it by less than one."""
     box = field(item, "bbox", list, where)
-    if len(box) != 4 or not all(isinstance(side, int | float) and not isinstance(side, bool) for side in box):
-        raise UserError(f"{where}: bbox {shown(box)} is not [left, top, width, height]")
+    problem = box_problem(box, image.height, image.width)
+    if problem is not None:
+        raise UserError(f"{where}: {problem}")
     left, top, width, height = (float(side) for side in box)
     right, bottom = left + width, top + height
-    inside = left >= -_TOLERANCE and top >= -_TOLERANCE
-    inside = inside and right <= image.width + _TOLERANCE and bottom <= image.height + _TOLERANCE
-    if not inside or not width >= 0 or not height >= 0:
-        raise UserError(f"{where}: bbox {shown(box)} is not inside its image of {image.width} x {image.height} pixels")
     return max(left, 0.0), max(top, 0.0), min(right, float(image.width)), min(bottom, float(image.height))
 
 

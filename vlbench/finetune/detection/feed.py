@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tf
 
 from vlbench.core.errors import BadExample, UserError
@@ -35,8 +35,6 @@ _LEAST_SIDE = 1.0
 """Pixels: an image all of whose boxes have a side that is no longer has no objects [TV:coco_utils.py]."""
 _THINNEST = 0.01
 """Pixels of the resized image: what is thinner is no object. In float32 a side may be 0, and its log is learnt."""
-
-Item = tuple[Pictured, tuple[BadExample, ...]]
 
 
 class DetectionFeed:
@@ -82,33 +80,29 @@ class DetectionFeed:
 
     def batches(self, recipe: Any, config: DetectionConfig, *, start: int, here: Ranks, pin: bool) -> Iterator[Batch]:
         """Batches of this rank from step ``start`` on: see ``batch.py``."""
-        samples = _Pictures(self.data, config)
-        return stream(samples, _collate, config, tally=self.tally, start=start, here=here, pin=pin)
-
-
-class _Pictures(Dataset[Item | UserError]):
-    """The stream as a torch data set: index = position."""
-
-    def __init__(self, mixture: Mixture, config: DetectionConfig) -> None:
-        self.mixture = mixture
-        self.config = config
-
-    def __getitem__(self, position: int) -> Item | UserError:
-        try:
-            return self.mixture.sample(position, self._make)
-        except UserError as error:  # raised in a loader process, it would arrive as a traceback
-            return error
-
-    def _make(self, example: Example, label: int, rng: np.random.Generator) -> Pictured:
-        # Both are drawn whatever is done with them: a setting must not shift the numbers of another.
-        flip, short = rng.random() < 0.5, int(rng.integers(len(self.config.short_sides)))
-        return picture(
-            example,
-            self.mixture.classes,
-            short_side=self.config.short_sides[short],
-            long_side=self.config.long_side,
-            flip=bool(flip and self.config.flip),
+        return stream(
+            partial(self.data.sample, make=partial(_drawn, self.classes, config)),
+            partial(collate, divisor=DIVISOR),
+            config,
+            tally=self.tally,
+            start=start,
+            here=here,
+            pin=pin,
         )
+
+
+def _drawn(
+    classes: Sequence[str], config: DetectionConfig, example: Example, label: int, rng: np.random.Generator
+) -> Pictured:
+    # Both are drawn whatever is done with them: a setting must not shift the numbers of another.
+    flip, short = rng.random() < 0.5, int(rng.integers(len(config.short_sides)))
+    return picture(
+        example,
+        classes,
+        short_side=config.short_sides[short],
+        long_side=config.long_side,
+        flip=bool(flip and config.flip),
+    )
 
 
 def picture(example: Example, classes: Sequence[str], *, short_side: int, long_side: int, flip: bool) -> Pictured:
@@ -232,14 +226,3 @@ def _mask(region: Region, image: Image.Image, size: tuple[int, int], *, flip: bo
 def _nearest(old: int, new: int) -> np.ndarray:
     """For each new row, the old one under its middle."""
     return np.minimum((np.arange(new) + 0.5) * (old / new), math.nextafter(old, 0)).astype(np.int64)
-
-
-def _collate(items: Sequence[Item | UserError]) -> tuple[Batch, list[BadExample]] | UserError:
-    pictured: list[Pictured] = []
-    bad: list[BadExample] = []
-    for item in items:
-        if isinstance(item, UserError):
-            return item
-        pictured.append(item[0])
-        bad.extend(item[1])
-    return collate(pictured, divisor=DIVISOR), bad

@@ -8,25 +8,22 @@ Shapes: B questions of a batch, L words.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
 
-from vlbench.core.errors import UserError
-from vlbench.core.fingerprint import canonical_json
+from vlbench.core.fingerprint import canonical_json, fingerprint_words
+from vlbench.data.loading import loaded
 from vlbench.data.stream import BadTally
 from vlbench.finetune.fusion.config import WORDS_STEP
 from vlbench.finetune.fusion.heads import Head
 from vlbench.finetune.fusion.questions import Questions
 from vlbench.finetune.fusion.views import Views
-from vlbench.train.batches import Batch, Positions
+from vlbench.models.padding import padded_ids
+from vlbench.train.batches import PREFETCH, Batch, Positions
 from vlbench.train.distributed import Ranks
-
-_PREFETCH = 4  # batches that each loader process keeps ready
 
 
 class QuestionFeed:
@@ -56,33 +53,21 @@ class QuestionFeed:
         """Ids of every view in their order, and the texts and targets."""
         said = {
             "examples": len(self.data),
-            "texts": _digest(self.data.texts),
-            "targets": _digest(canonical_json(_plain(target)) for target in self.data.targets),
+            "texts": fingerprint_words(self.data.texts),
+            "targets": fingerprint_words(canonical_json(_plain(target)) for target in self.data.targets),
         }
-        return [{"spec": source.spec, "ids": _digest(source.ids()), **said} for source in self.data.views]
+        return [{"spec": source.spec, "ids": fingerprint_words(source.ids()), **said} for source in self.data.views]
 
     def batches(self, recipe: Any, config: Any, *, start: int, here: Ranks, pin: bool) -> Iterator[Batch]:
         """The batches of one rank from step ``start`` on; loader processes only where images are decoded."""
         rows, _ = recipe.words(config)(self.data.texts)
-        positions = Positions(config, start=start, here=here)
-        if not (self.views.decodes and config.workers):
-            for chosen in positions:
-                batch = self._batch(rows, config.seed, chosen)
-                yield {name: part.pin_memory() for name, part in batch.items()} if pin else batch
-            return
-        loader: DataLoader[Any] = DataLoader(
-            _Loaded(self, rows, config.seed),
-            sampler=positions,
-            batch_size=None,
-            num_workers=config.workers,
-            multiprocessing_context="fork",  # why: train/batches.py
-            prefetch_factor=_PREFETCH,
-            pin_memory=pin,
+        return loaded(
+            partial(self._batch, rows, config.seed),
+            Positions(config, start=start, here=here),
+            workers=config.workers if self.views.decodes else 0,
+            ahead=PREFETCH,
+            pin=pin,
         )
-        for found in loader:
-            if isinstance(found, UserError):
-                raise found
-            yield found
 
     def _batch(self, rows: Sequence[Sequence[int]], seed: int, positions: Sequence[int]) -> Batch:
         chosen = [self._question(seed, position) for position in positions]
@@ -96,19 +81,6 @@ class QuestionFeed:
         return int(self._order[1][place])
 
 
-class _Loaded(Dataset[Any]):
-    """Batches by their positions, for loader processes; an error of the user's comes back as a value."""
-
-    def __init__(self, feed: QuestionFeed, rows: Sequence[Sequence[int]], seed: int) -> None:
-        self.feed, self.rows, self.seed = feed, rows, seed
-
-    def __getitem__(self, positions: Any) -> Batch | UserError:
-        try:
-            return self.feed._batch(self.rows, self.seed, positions)
-        except UserError as error:
-            return error
-
-
 def question_batch(rows: Sequence[Sequence[int]], views: Views, chosen: Sequence[int]) -> Batch:
     """The words and images of the chosen questions.
 
@@ -117,23 +89,10 @@ def question_batch(rows: Sequence[Sequence[int]], views: Views, chosen: Sequence
         views: their images.
         chosen: which questions.
     """
-    words = [rows[question] for question in chosen]
-    length = -(-max(map(len, words)) // WORDS_STEP) * WORDS_STEP
-    words_BL = torch.zeros(len(words), length, dtype=torch.long)
-    for row_L, pieces in zip(words_BL, words, strict=True):
-        row_L[: len(pieces)] = torch.tensor(pieces)
-    return {"words_BL": words_BL, **views(chosen)}
+    return {"words_BL": padded_ids([rows[question] for question in chosen], step=WORDS_STEP), **views(chosen)}
 
 
 def _plain(target: Any) -> Any:
     if isinstance(target, dict):
         return sorted([int(answer), float(score)] for answer, score in target.items())
     return None if target is None else int(target)
-
-
-def _digest(words: Iterable[str]) -> str:
-    total = hashlib.sha256()
-    for word in words:
-        encoded = word.encode("utf-8", "surrogatepass")
-        total.update(len(encoded).to_bytes(8, "little") + encoded)
-    return total.hexdigest()[:16]

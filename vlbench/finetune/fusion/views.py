@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from vlbench.core.cards import Preprocess
-from vlbench.core.errors import BadExample, UserError
+from vlbench.core.errors import UserError
 from vlbench.core.types import Example, Source
-from vlbench.data.images import decode
+from vlbench.data.images import image_at
 from vlbench.data.regions.features import RegionStore, box_vector
+from vlbench.data.sources import without_images
 from vlbench.data.transforms import eval_transform
 from vlbench.finetune.fusion.bank import RegionBank
 from vlbench.finetune.fusion.model import Sight
@@ -87,7 +88,7 @@ class FixedViews:
         return Sight((self.width,), None, len(self.keys_NV[0]))
 
     def regions(self, key: str) -> Any:
-        """The regions of an image. Raises UserError where it is not there or has too few numbers."""
+        """The regions of an image. Raises UserError where it is not there, does not fit or has too few numbers."""
         try:
             found = self.store[key]
         except KeyError as error:
@@ -98,6 +99,11 @@ class FixedViews:
                 "set feature_width"
             )
         return found
+
+    def check(self) -> None:
+        """Read every image's regions once. Raises UserError as ``regions``."""
+        for key in dict.fromkeys(key for keys in self.keys_NV for key in keys):
+            self.regions(key)
 
     def __call__(self, questions: Sequence[int]) -> Part:
         """The leading numbers of each region."""
@@ -199,11 +205,7 @@ class Squash:
         Raises:
             UserError: where the image is absent or cannot be decoded, naming it.
         """
-        example = source[index]
-        where = f"{source.spec} ({source.split}): {example.id}"
-        if example.image is None:
-            raise BadExample("missing image", where, "this example has no image")
-        image = decode(example.image, where=where)
+        _, image = image_at(source, index)
         height, width = self.size
         if boxes is None:
             return self.transform(image), grid_boxes(grid, width=width, height=height)
@@ -232,15 +234,10 @@ def padded(boxes: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def annotated_boxes(source: Source) -> list[np.ndarray]:
-    """The boxes of each example's regions, in pixels of the stored image; every example is read once."""
-    return [boxes_of(source[index]) for index in range(len(source))]
+    """The boxes of each example's regions, in pixels of the stored image."""
+    return [boxes_of(without_images(source, index)) for index in range(len(source))]
 
 
 def boxes_of(example: Example) -> np.ndarray:
     """``boxes_R4``, float64."""
     return np.array([region.box_xyxy for region in example.regions], dtype=np.float64).reshape(-1, 4)
-
-
-def image_key(example: Example) -> str:
-    """What the data call the image: readers say it where an example's id is a question's."""
-    return str(example.extra.get("image_key", example.id))
