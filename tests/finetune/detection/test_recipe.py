@@ -10,14 +10,31 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.finetune.detection.scenes import Scenes, backbone, example, small
+from tests.finetune.detection.scenes import (
+    CLASSES,
+    Scenes,
+    backbone,
+    example,
+    mispaired,
+    renamed,
+    shuffled,
+    small,
+    with_examples,
+)
 from tests.train.conftest import on_ranks
 from vlbench.adapters.common.coco_rows import detection_rows
 from vlbench.core.errors import BadExample
 from vlbench.finetune.detection.feed import DetectionFeed
 from vlbench.finetune.detection.recipe import DetectionTuner, detect_all, renew_norms
+from vlbench.finetune.detection.types import Detections
 from vlbench.finetune.run import finetune
 from vlbench.train.distributed import Ranks, ranks, session
+
+NEAR_CHANCE = 0.2
+"""Six seeds gave 0.52 to 0.63 where chance is 0.50. A ranking makes much of a small tendency: where all of one kind
+are a little surer than all of the other, AP is 1 or, the other way round, 0.3."""
+NO_MORE_THAN_BLIND = 0.15
+"""Four seeds gave 0.02 to 0.10, and what they found in an empty picture 0.03 to 0.07 when said of all."""
 
 
 class Stop(Exception):
@@ -146,8 +163,8 @@ def test_detections_come_in_the_order_of_the_images_and_a_broken_one_is_an_error
         detect_all(model, source, config.model_copy(update={"workers": 1}), device="cpu")
 
 
-def learnt(source, test, folder: Path, *, steps: int) -> dict[str, float]:
-    """COCO's numbers on ``test`` after training on ``source``."""
+def learnt(source, test, folder: Path, *, steps: int) -> list[Detections]:
+    """What is found in ``test`` after training on ``source``."""
     config = small(
         steps=steps,
         batch_size=4,
@@ -166,24 +183,63 @@ def learnt(source, test, folder: Path, *, steps: int) -> dict[str, float]:
         checkpoint_every=10_000,
     )
     model = tuned(folder, config, source=source).module
-    return detection_rows(test, detect_all(model, test, config, device="cpu")).meta["coco"]
+    return detect_all(model, test, config, device="cpu")
+
+
+def numbers(test, found) -> dict[str, float]:
+    """COCO's."""
+    return detection_rows(test, found).meta["coco"]
+
+
+def of_chance(test, found) -> tuple[float, float]:
+    """Mask AP50 blind to classes, and that of names that say nothing of what they name.
+
+    Blind: what is found under a name against all objects, as if each had that name; the mean over names. Of chance: of
+    what is found under a name, the share is right that the name has of the objects. (Over K names the shares add up to
+    1, so that with equal shares it is the blind one over K.)
+    """
+    said_N = np.concatenate([one.extra["categories"] for one in test.examples])
+    blind, chance = [], []
+    for number in range(len(CLASSES)):
+        under = []
+        for one in found:
+            keep_K = one.classes_K == number
+            masks = [mask for mask, keep in zip(one.masks, keep_K) if keep]
+            under.append(Detections(one.boxes_K4[keep_K], one.scores_K[keep_K], one.classes_K[keep_K], masks))
+        all_so = with_examples(test, [renamed(one, [number] * len(one.regions)) for one in test.examples])
+        blind.append(numbers(all_so, under)["mask_ap50"])
+        chance.append(blind[-1] * (said_N == number).mean())
+    return float(np.mean(blind)), float(np.mean(chance))
 
 
 @pytest.mark.slow
 def test_eight_images_are_learnt_by_heart(tmp_path: Path) -> None:
     source = Scenes(8)
-    numbers = learnt(source, source, tmp_path / "a", steps=200)
-    assert min(numbers["box_ap"], numbers["mask_ap50"]) >= 0.95
-    assert numbers["mask_ap"] >= 0.85  # to half a pixel of 30: higher thresholds than 0.9 ask for more
+    found = numbers(source, learnt(source, source, tmp_path / "a", steps=200))
+    assert min(found["box_ap"], found["mask_ap"]) >= 0.95
 
 
 @pytest.mark.slow
-def test_shuffled_classes_teach_nothing_that_holds(tmp_path: Path) -> None:
-    """Two classes drawn at random: what is found is found under either name, so precision is halved at best."""
-    honest = learnt(Scenes(60), Scenes(20, seed=7, split="test"), tmp_path / "a", steps=150)
-    shuffled = learnt(Scenes(60, shuffled=True), Scenes(20, seed=7, split="test"), tmp_path / "b", steps=150)
-    assert honest["mask_ap50"] > 0.9
-    assert shuffled["mask_ap50"] < 0.65 * honest["mask_ap50"]
+def test_shuffled_names_are_right_by_chance(tmp_path: Path) -> None:
+    """Boxes and masks are learnt all the same; the names are not."""
+    train, test = Scenes(60), Scenes(40, seed=7, split="test")
+    assert numbers(test, learnt(train, test, tmp_path / "a", steps=150))["mask_ap50"] > 0.9
+    found = learnt(shuffled(train), test, tmp_path / "b", steps=150)
+    blind, chance = of_chance(test, found)
+    assert blind > 0.9
+    assert numbers(test, found)["mask_ap50"] == pytest.approx(chance, abs=NEAR_CHANCE)
+
+
+@pytest.mark.slow
+def test_objects_of_other_pictures_teach_where_objects_may_be_and_no_more(tmp_path: Path) -> None:
+    """What is found is worth no more than the same boxes said of every picture."""
+    train, test = mispaired(Scenes(60)), Scenes(40, seed=7, split="test")
+    found = learnt(train, test, tmp_path / "a", steps=150)
+    own = numbers(test, found)
+    everywhere = numbers(test, [max(found, key=len)] * len(test))
+    for name in ("box_ap50", "mask_ap50"):
+        assert max(own[name], everywhere[name]) < NO_MORE_THAN_BLIND
+        assert own[name] == pytest.approx(everywhere[name], abs=0.08)
 
 
 def test_the_log_has_every_loss(tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ class TorchvisionDetector(nn.Module):
         wanted = targets(batch)
         for one in wanted:
             one["labels"] = one["labels"] + 1  # 0 is the background
+            one["masks"] = at_corners(one["masks"])
         features = self._features(images.tensors)
         proposals, losses = self.rpn(images, features, wanted)
         _, more = self.roi_heads(features, proposals, images.image_sizes, wanted)
@@ -120,6 +121,19 @@ class TorchvisionDetector(nn.Module):
 
     def _features(self, pixels_BCHW: torch.Tensor) -> dict[str, torch.Tensor]:
         return self.pyramid(pixels_BCHW, self.visual)
+
+
+def at_corners(masks_nHW: torch.Tensor) -> torch.Tensor:
+    """Masks as torchvision reads them when it cuts out what the mask head shall say: at the corners of the pixels.
+
+    Its RoIAlign (of masks, without ``aligned``) takes the value of a pixel to be that of its top left corner, so that
+    masks would be learnt half a pixel beside their objects. At a corner, four pixels meet.
+
+    Returns:
+        float32, of the same shape.
+    """
+    padded_n1HW = F.pad(masks_nHW[:, None].float(), (1, 0, 1, 0))
+    return F.avg_pool2d(padded_n1HW, 2, stride=1)[:, 0]
 
 
 def prepare_visual(visual: MapTower, config: DetectionConfig) -> None:
