@@ -108,6 +108,29 @@ def test_published_schedules_learn_from_all_and_take_their_last_weights(monkeypa
     assert rows.meta["chosen"] == {"learning_rate": 2e-3, "step": 2}
 
 
+def test_what_is_reported_is_looked_at_in_the_precision_of_the_call(monkeypatch) -> None:
+    from vlbench.finetune.detection import recipe
+
+    looked, detect_all = [], recipe.detect_all
+
+    def look(model, source, config, **where):
+        looked.append((source.split, config.precision))
+        return detect_all(model, source, config, **where)
+
+    monkeypatch.setattr(recipe, "detect_all", look)
+    data = Data(train=Scenes(6), val=Scenes(3, seed=3, split="val"), test=Scenes(3, seed=5, split="test"))
+    settings = small(steps=2, score_threshold=0.0)
+    fine = ADAPTER.predict(encoder(), data, settings)
+    assert looked == [("val", "fp32"), ("test", "fp32")]
+    coarse = ADAPTER.predict(Encoder(backbone(), None, precision="bf16"), data, settings)
+    assert looked[2:] == [("test", "bf16")], "the model is the same, and is not trained or judged again"
+    assert any(not np.array_equal(a, b) for a, b in zip(fine["scores"], coarse["scores"]))
+    own = ADAPTER.predict(encoder(), data, small(steps=2, precision="bf16"))
+    assert looked[3:] == [("val", "bf16"), ("test", "bf16")]
+    note = "asked in bf16, as its protocol trains it: --precision changes nothing here"
+    assert [note in rows.meta["notes"] for rows in (fine, coarse, own)] == [False, False, True]
+
+
 def test_nothing_found_is_no_precision_and_the_constant_model_finds_nothing() -> None:
     card = SimpleNamespace(loader="baseline", arch="constant", id="baseline:constant")
     blind = SimpleNamespace(backbone=SimpleNamespace(card=card))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,11 @@ from tests.adapters.fusion_worlds import (
     world_roles,
 )
 from vlbench.adapters.grounding import ADAPTER, Config
+from vlbench.core.cards import task_cards
 from vlbench.core.errors import UserError
 from vlbench.core.types import Rows
 from vlbench.data.regions.features import RegionFeatures
-from vlbench.data.regions.npz import write_npz
+from vlbench.data.regions.npz import read_npz, write_npz
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,17 @@ def test_all_three_splits_are_reported_and_none_of_them_chooses(whole: Rows, roo
     assert found["accuracy"].n == len(whole)
     assert any("chosen on" in note and "of the images" in note for note in whole.meta["notes"])
     assert len(set(whole["id"])) == len(whole), "a row is a phrase, not a reference"
+
+
+def test_the_size_of_every_split_is_said(whole: Rows, root: Path) -> None:
+    said = []
+    for name in ("val", "testA", "testB"):
+        source = opened(root, "grounding", name)
+        phrases = sum(len(source[index].texts["en"]) for index in range(len(source)))
+        said.append(f"{len(source):,} references with {phrases:,} phrases of {name}")
+    assert whole.meta["notes"][0] == "asked " + ", ".join(said)
+    for name in ("grounding/refcoco_plus", "grounding/shapes"):
+        assert {"train", "test", "testA", "testB"} == task_cards()[name].expected_sizes.keys()
 
 
 def test_rows_say_everything_that_the_numbers_are_made_of(whole: Rows, root: Path) -> None:
@@ -142,6 +155,20 @@ def test_images_without_region_features_are_refused(root: Path, tmp_path: Path) 
     _detected(tmp_path, [data.split("train")])
     with pytest.raises(UserError, match=r"\(val\): \d+: image '\d+' has no region features"):
         predict("grounding", data, features=str(tmp_path), feature_width=64)
+
+
+def test_region_features_of_images_of_another_size_are_refused(root: Path, tmp_path: Path) -> None:
+    data = world_roles(root, "grounding")
+    _detected(tmp_path, list(data.splits.values()))
+    key = data.split("testB")[0].extra["image_key"]
+    found = read_npz(tmp_path / f"{key}.npz")
+    write_npz(tmp_path / f"{key}.npz", replace(found, width=64, height=48))
+    with pytest.raises(UserError) as error:
+        predict("grounding", data, features=str(tmp_path), feature_width=64)
+    assert str(error.value) == (
+        f"{tmp_path} {key}: bad region features: of an image of 64 x 48 pixels (width x height), and the image has "
+        "32 x 32; take features of these very images"
+    )
 
 
 def test_boxes_beyond_those_that_are_read_are_never_chosen(root: Path) -> None:

@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 
 from tests.data.making import image_folder, png, write_files, write_tar
+from vlbench.adapters.nlvr2 import Side
 from vlbench.core.errors import BadExample
 from vlbench.core.fingerprint import digest
 from vlbench.core.types import Example, Region
-from vlbench.data.digests import example_digest, image_digests, source_fingerprint
-from vlbench.data.sources import Subset, open_source
+from vlbench.data.digests import content_digests, example_digest, image_digests, source_fingerprint
+from vlbench.data.images import read_file
+from vlbench.data.readers import annotations
+from vlbench.data.shapes.world import GROUPS, TINY
+from vlbench.data.shapes.write import write_world
+from vlbench.data.sources import BaseSource, Subset, open_source, without_images
 
 
 def test_image_digests_are_those_of_the_files(tmp_path):
@@ -74,6 +79,75 @@ def test_source_fingerprint_names_the_classes_of_several_labels(tmp_path):
 
     assert shards("a", "cat\ndog\n", [1, 0]) == shards("b", "dog\ncat\n", [0, 1])
     assert shards("a", "cat\ndog\n", [1, 0]) != shards("c", "cat\ndog\n", [1, -1])
+
+
+class Plain(BaseSource):
+    """A source as it is, without what it knows of its files."""
+
+    def __init__(self, source):
+        super().__init__(source.spec, source.split, provides=source.provides, classes=source.classes)
+        self._source = source
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, index):
+        return self._source[index]
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The files of images that readers of questions read, in order."""
+    paths = []
+
+    def counted(path):
+        paths.append(path)
+        return read_file(path)
+
+    monkeypatch.setattr(annotations, "read_file", counted)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_world(tmp_path_factory.mktemp("world"), sizes=TINY, workers=1, parts=GROUPS["finetune"])
+
+
+@pytest.mark.parametrize("part", GROUPS["finetune"])
+def test_an_image_that_several_examples_ask_about_is_read_once(world, part, read):
+    def opened():
+        return open_source(f"shapes:{part}?root={world}", "train")
+
+    source = opened()
+    found = content_digests(source)
+    assert len(set(read)) == len(read), "once"
+    asked = [file for index in range(len(source)) for file in source.image_files(index).values()]
+    assert set(asked) == set(read)
+    assert len(asked) > len(read)
+    assert found == content_digests(Plain(opened())), "whoever reads all of them finds the same"
+    some = [len(source) - 1, 0, 1]
+    assert content_digests(Subset(opened(), some, split="train")).images == tuple(found.images[i] for i in some)
+
+
+def test_the_right_images_of_pairs_are_read_once_too(world, read):
+    def opened():
+        return open_source(f"shapes:nlvr2?root={world}", "train")
+
+    found = content_digests(Side(opened(), 1))
+    right = [path for path in read if "img1" in path]
+    assert len(set(right)) == len(right) < len(found.images)
+    assert found == content_digests(Side(Plain(opened()), 1))
+
+
+@pytest.mark.parametrize("part", GROUPS["finetune"])
+def test_what_is_asked_is_known_without_an_image(world, part, read):
+    source = open_source(f"shapes:{part}?root={world}", "train")
+    for index in (0, 1):
+        bare, whole = without_images(source, index), source[index]
+        assert bare.image is None
+        extra = {key: value for key, value in whole.extra.items() if key != "right"}
+        assert replace(whole, image=None, extra=extra) == bare
+    assert len(read) == 2 * len(source.image_files(0)), "of the whole examples"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from tests.data.making import png, write_files
@@ -94,6 +95,29 @@ def test_the_fingerprint_covers_both_sets(folders):
     (folders / "shift" / "doe" / "0.png").write_bytes(png(8))
     seen.add(fingerprint())
     assert len(seen) == 3
+
+
+def _several(folders, labels):
+    """A source whose first image has these labels."""
+    source = open_source(f"imagefolder:{folders}/learn")
+    several = Subset(source, [0], split="train")
+    several._source = [replace(source[0], label=None, extra={"labels": np.array(labels, dtype=np.int8)})]
+    return several
+
+
+def test_several_labels_an_image_are_relabelled_too(folders):
+    seen = Relabelled(_several(folders, [1, 0, -1, 0]), ["doe", "bee", "ant", "cow"], [2, 1, 3, 0])
+    labels_C = seen[0].extra["labels"]
+    assert labels_C.tolist() == [0, 0, 1, -1]  # ant, which is present, is the third now
+    assert labels_C.dtype == np.int8
+    short = Relabelled(_several(folders, [0, 1, 0, 1]), ["bee", "doe", "gnu", "yak", "ant", "cow"], [4, 0, 5, 1])
+    assert short[0].extra["labels"].tolist() == [1, 1, -1, -1, 0, 0], "of a class it does not know it says nothing"
+
+
+@pytest.mark.parametrize(("own", "united"), [((0, 1), 1), ((0, -1), -1), ((-1, 1), 1), ((0, 0), 0)])
+def test_labels_that_are_learnt_as_one_are_united(folders, own, united):
+    seen = Relabelled(_several(folders, [own[0], 0, own[1], 0]), ["insect", "bee", "doe"], [0, 1, 0, 2])
+    assert seen[0].extra["labels"].tolist() == [united, 0, 0]
 
 
 def test_classes_of_objects_are_relabelled_too(folders):

@@ -15,7 +15,8 @@ from tests.train.conftest import in_process, on_ranks
 from vlbench.core.config import override
 from vlbench.core.errors import RunError, UserError
 from vlbench.finetune.conduct import Conduct, conducted
-from vlbench.finetune.run import Tuned, finetune, work_folder
+from vlbench.finetune.folder import work_folder
+from vlbench.finetune.run import Tuned, finetune
 from vlbench.models.weights import read_weights
 from vlbench.train.distributed import session
 from vlbench.train.progress import Silent
@@ -95,6 +96,8 @@ def test_a_finished_folder_whose_weights_are_damaged_is_made_again(whole: Tuned,
     assert same(weights(tune(tmp_path)), weights(whole))
     (tmp_path / "tuned.json").write_text("{")
     assert same(weights(tune(tmp_path)), weights(whole))
+    (tmp_path / "assets.safetensors").unlink()
+    assert tune(tmp_path).assets == whole.assets
 
 
 def test_the_folder_of_another_fine_tuning_is_refused(whole: Tuned) -> None:
@@ -173,7 +176,7 @@ def test_killed_after_the_best_weights_and_before_the_note_of_it(whole: Tuned, t
         def never(*_: Any) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
-        run._write_judgements = never
+        run.write_judgements = never
         tune(tmp_path)
 
     process = in_process(dies)
@@ -291,6 +294,82 @@ def test_conducted_trains_anew_talks_and_says_where(tmp_path: Path) -> None:
     assert len(heard.records) == 3, "finished: nothing to follow"
 
 
+def _begin(folder: Path, conduct: Conduct | None, *, judgements: int = 1) -> None:
+    """A call that is killed when it judges for the ``judgements``-th time."""
+    calls = []
+
+    def dies(module: torch.nn.Module) -> float:
+        calls.append(1)
+        if len(calls) == judgements:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return judged(module)
+
+    def call() -> None:
+        with conducted(conduct or Conduct()):
+            tune(folder, judge=dies)
+
+    process = in_process(call)
+    process.join(timeout=60)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def _again(folder: Path, conduct: Conduct) -> tuple[Tuned, Heard]:
+    heard = Heard()
+    with conducted(conduct):
+        return tune(folder, watcher=heard), heard
+
+
+@pytest.mark.parametrize("before", ["finished", "half done"])
+def test_a_killed_call_that_trains_anew_is_gone_on_with_by_the_next(whole: Tuned, tmp_path: Path, before: str) -> None:
+    if before == "finished":
+        tune(tmp_path)
+    else:
+        _begin(tmp_path, None, judgements=2)
+    _begin(tmp_path, Conduct(anew=True), judgements=2)
+    tuned, heard = _again(tmp_path, Conduct(anew=True))
+    assert f"going on with what was begun anew; to begin at step 0, delete {tmp_path}" in heard.lines
+    assert "resuming from step 8 of 12" in heard.lines
+    assert [record["step"] for record in heard.records] == [12], "what it began was not forgotten, what was before was"
+    assert same(weights(tuned), weights(whole))
+    assert tuned.history == whole.history
+    _, heard = _again(tmp_path, Conduct(anew=True))
+    assert [record["step"] for record in heard.records] == [4, 8, 12], "that call has ended: a new one trains anew"
+
+
+def test_what_was_half_done_is_forgotten_by_a_call_that_trains_anew(tmp_path: Path) -> None:
+    _begin(tmp_path, None, judgements=2)
+    _, heard = _again(tmp_path, Conduct(anew=True))
+    assert [record["step"] for record in heard.records] == [4, 8, 12]
+
+
+def test_a_call_that_was_killed_after_its_training_finds_it_done(tmp_path: Path) -> None:
+    def call() -> None:
+        with conducted(Conduct(anew=True)):
+            tune(tmp_path)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    process = in_process(call)
+    process.join(timeout=60)
+    assert process.exitcode == -signal.SIGKILL
+    _, heard = _again(tmp_path, Conduct(anew=True))
+    assert not heard.records
+
+
+def test_a_model_whose_code_may_have_changed_begins_at_step_0(tmp_path: Path) -> None:
+    _begin(tmp_path, Conduct(anew=True, forgets=True), judgements=2)
+    _, heard = _again(tmp_path, Conduct(anew=True, forgets=True))
+    assert [record["step"] for record in heard.records] == [4, 8, 12]
+
+
+def test_one_call_trains_a_folder_anew_once(tmp_path: Path) -> None:
+    """It may ask a second time: in another precision."""
+    made: list[Path] = []
+    assert len(_again(tmp_path, Conduct(anew=True, forgets=True, folders=made))[1].records) == 3
+    assert made == [tmp_path]
+    assert not _again(tmp_path, Conduct(anew=True, forgets=True, folders=made))[1].records
+    assert made == [tmp_path]
+
+
 def test_backbone_lr_slows_the_tower_alone(tmp_path: Path) -> None:
     """Plain SGD without momentum: a tower's step is proportional to its factor."""
     words = ("steps=1", "optim.name=sgd", "optim.momentum=0", "optim.weight_decay=0", "schedule.warmup=0", "dropout=0")
@@ -372,12 +451,12 @@ def test_work_folder_follows_what_decides_the_weights(monkeypatch: pytest.Monkey
     monkeypatch.setenv("VLBENCH_CACHE", str(tmp_path))
     words = {"backbone": "b", "adapter": "vqa", "data_key": "d"}
 
-    def folder(name: str = "timm:resnet 50", config: ToyConfig | None = None, **changes: str) -> Path:
-        return work_folder(name, config=config or ToyConfig(), **(words | changes))
+    def folder(config: ToyConfig | None = None, **changes: str) -> Path:
+        return work_folder("resnet 50", config=config or ToyConfig(), **(words | changes))
 
     plain = folder()
     assert plain.parent == tmp_path / "finetune"
-    assert "vqa" in plain.name
+    assert plain.name.startswith("resnet-50-vqa-")
     assert folder(config=ToyConfig(workers=5, log_every=3, checkpoint_every=2)) == plain
     others = [folder(backbone="c"), folder(adapter="nlvr2"), folder(data_key="e"), folder(config=ToyConfig(seed=1))]
     assert len({plain, *others}) == 5

@@ -19,8 +19,9 @@ from vlbench.adapters.common.classification import classification_outcomes, esti
 from vlbench.core.errors import UserError
 from vlbench.core.types import Estimate, Outcomes, Rows
 from vlbench.finetune.config import FinetuneConfig
+from vlbench.finetune.folder import work_folder
 from vlbench.finetune.recipe import FineTuner
-from vlbench.finetune.run import finetune, work_folder
+from vlbench.finetune.run import finetune
 from vlbench.train.losses import cross_entropy
 
 

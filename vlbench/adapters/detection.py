@@ -18,7 +18,7 @@ import numpy as np
 
 from vlbench.adapters.common.classification import estimates, overlap_note
 from vlbench.adapters.common.coco_rows import check_images, detection_outcomes, detection_rows
-from vlbench.adapters.common.held_out import held_out_by_image
+from vlbench.adapters.common.held_out import learn_and_choose
 from vlbench.adapters.common.questions import CONSTANT, Chosen
 from vlbench.core.errors import UserError
 from vlbench.core.types import Estimate, Outcomes, Part, Provides, Rows, Source
@@ -66,7 +66,7 @@ class Detection:
         for source in judged:
             check_images(source)
         seen = {image for source in (learn, choose) if source is not None for image in encoder.image_digests(source)}
-        notes += overlap_note(seen, encoder.image_digests(test))
+        notes += [*overlap_note(seen, encoder.image_digests(test)), *config.notes_on_asking()]
         found, chosen = _tuned_detections(encoder, learn, choose, test, config, data.fingerprint(roles))
         rows = detection_rows(test, found, meta={"chosen": chosen, "notes": notes})
         if config.engine == "detectron2":
@@ -88,16 +88,16 @@ def _parts(
     encoder: Any, data: Any, config: DetectionConfig
 ) -> tuple[Source, Source | None, tuple[str, ...], list[str]]:
     """What is learnt from, what is chosen on (None: nothing is chosen), the splits that these are of, and notes."""
-    train = data.split("train")
     if config.select == "last" and not config.search:
-        return train, None, ("train",), []
-    if data.has("val"):
-        return train, data.split("val"), ("train", "val"), []
-    digests = encoder.image_digests(train)
-    held_N = held_out_by_image([(image,) for image in digests], config.held_out, where=data.spec)
-    learn, choose = (Chosen(train, np.flatnonzero(rows).tolist(), split=train.split) for rows in (~held_N, held_N))
-    note = f"chosen on {len(choose):,} of {len(train):,} training images"
-    return learn, choose, ("train",), [note]
+        return data.split("train"), None, ("train",), []
+    return learn_and_choose(
+        data,
+        config.held_out,
+        read=lambda source: source,
+        take=lambda train, chosen: Chosen(train, chosen, split=train.split),
+        images=lambda train: [(image,) for image in encoder.image_digests(train)],
+        unit="images",
+    )
 
 
 def _refuse_other_classes(spec: str, learn: Source, source: Source) -> None:
@@ -118,14 +118,15 @@ def _tuned_detections(
 ) -> tuple[list[Detections], dict[str, Any]]:
     from vlbench.finetune.detection.feed import DetectionFeed
     from vlbench.finetune.detection.recipe import DetectionTuner, detect_all, renew_norms
-    from vlbench.finetune.run import finetune, work_folder
+    from vlbench.finetune.folder import work_folder
+    from vlbench.finetune.run import finetune
 
     def judge(model: nn.Module) -> float:
         assert choose is not None, "asked only where there is a choice"
         return _value(choose, detect_all(model, choose, config, device=encoder.device))
 
     card, feed = encoder.backbone.card, DetectionFeed(learn, config)
-    folder = work_folder(card.id, backbone=encoder.fingerprint, adapter="detection", config=config, data_key=data_key)
+    folder = work_folder(card.arch, backbone=encoder.fingerprint, adapter="detection", config=config, data_key=data_key)
     tuned = finetune(
         DetectionTuner(encoder.backbone),
         config,
@@ -135,7 +136,8 @@ def _tuned_detections(
         device=encoder.device,
     )
     renew_norms(tuned.module, feed, config)
-    found = detect_all(tuned.module, test, config, device=encoder.device, together=True)
+    asked = config.asked_in(encoder.precision)
+    found = detect_all(tuned.module, test, asked, device=encoder.device, together=True)
     chosen: dict[str, Any] = {"learning_rate": tuned.learning_rate, "step": tuned.step}
     if choose is not None:
         chosen |= {"held_out": tuned.value, "history": list(tuned.history)}

@@ -28,6 +28,8 @@ from vlbench.adapters.common.classification import estimates
 from vlbench.adapters.common.questions import Chosen, Reading, Splits, answer, softmax, splits_of, where_of
 from vlbench.core.errors import UserError
 from vlbench.core.types import Estimate, Example, Outcomes, Part, Provides, Rows, Source
+from vlbench.data.regions.sized import SizedRegions, image_key
+from vlbench.data.sources import without_images
 from vlbench.finetune.fusion.config import PAPER, TINY, FusionConfig
 from vlbench.finetune.fusion.questions import Questions
 from vlbench.stats.grounding import IOU, box_iou, grounding_outcomes
@@ -85,7 +87,8 @@ class Grounding:
         store = _open(config.features)
 
         def read(source: Source) -> Reading[_Truth]:
-            return _read(encoder, source, store, read=config.max_regions)
+            own = None if store is None else SizedRegions(store, str(config.features), [source])
+            return _read(encoder, source, own, read=config.max_regions)
 
         def head() -> Any:
             from vlbench.finetune.fusion.heads import RegionHead
@@ -110,7 +113,7 @@ class Grounding:
                 name: float(o.values.mean()) for name, o in by_group("accuracy", whole, columns["split"]).items()
             },
             "chosen": found.chosen,
-            "notes": list(found.notes),
+            "notes": [_sizes(splits.asked), *found.notes],
         }
         return Rows(columns, meta)
 
@@ -136,7 +139,7 @@ def _read(encoder: Any, source: Source, store: RegionStore | None, *, read: int)
     """Every phrase of every reference, each with its reference's image; of a target only what is ``read``."""
     truths, ids, places = [], [], []
     for index in range(len(source)):
-        example = source[index]
+        example = without_images(source, index)
         boxes_K4 = _candidates(example, store, where=where_of(source))
         target_4 = np.asarray(example.regions[example.extra["target"]].box_xyxy, dtype=np.float64)
         iou_K = box_iou(boxes_K4, np.broadcast_to(target_4, boxes_K4.shape))
@@ -163,7 +166,7 @@ def _candidates(example: Example, store: RegionStore | None, *, where: str) -> n
     """The boxes that a phrase may point to, ``(K, 4)``."""
     boxes: Any = [region.box_xyxy for region in example.regions]
     if store is not None:
-        key = str(example.extra.get("image_key", example.id))
+        key = image_key(example)
         if key not in store:
             raise UserError(f"{where}: {example.id}: image {key!r} has no region features")
         boxes = store[key].boxes_N4
@@ -183,6 +186,15 @@ def _learnable(splits: Splits[_Truth], where: str) -> Splits[_Truth]:
     left_out = len(learn) - len(covered)
     note = f"{left_out:,} of {len(learn):,} training phrases are not learnt from: no box covers their object"
     return replace(splits, learn=learn.take(covered), notes=(*splits.notes, note))
+
+
+def _sizes(asked: Mapping[str, Reading[_Truth]]) -> str:
+    """What was asked, split by split: a result's own number of examples is the headline's split's alone."""
+    counts = [
+        f"{len({truth.reference for truth in reading.truths}):,} references with {len(reading):,} phrases of {name}"
+        for name, reading in asked.items()
+    ]
+    return f"asked {', '.join(counts)}"
 
 
 def _overlaps(reading: Reading[_Truth], logits: Sequence[np.ndarray]) -> np.ndarray:

@@ -11,7 +11,7 @@ N pairs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -52,9 +52,29 @@ class Side(BaseSource):
         image = example.extra.get("right") if self._place else example.image
         if not isinstance(image, bytes):
             raise UserError(f"{where_of(self._pairs)}: {example.id} has no {('left', 'right')[self._place]} image")
-        # Named as its file is: so the files of region features name it too.
+        return replace(self._named(example), image=image)
+
+    @property
+    def without_images(self) -> Callable[[int], Example]:
+        """The pairs', where they have one: it reads no image."""
+        look = self._pairs.without_images  # type: ignore[attr-defined]
+        return lambda index: self._named(look(index))
+
+    @property
+    def image_files(self) -> Callable[[int], Mapping[str, str]]:
+        """The file of the one image, where the pairs know the files of theirs."""
+        look, part = self._pairs.image_files, ("image", "right")[self._place]  # type: ignore[attr-defined]
+
+        def own(index: int) -> Mapping[str, str]:
+            files = look(index)
+            return {"image": files[part]} if part in files else {}
+
+        return own
+
+    def _named(self, example: Example) -> Example:
+        """Its image under the name of its file: so the files of region features name it too."""
         key = f"{example.extra.get('image_key', example.id)}-img{self._place}"
-        return replace(example, image=image, extra={"image_key": key})
+        return replace(example, extra={"image_key": key})
 
     def ids(self) -> list[str]:
         """The pairs'."""

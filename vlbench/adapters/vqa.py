@@ -24,6 +24,7 @@ from vlbench.adapters.common.classification import estimates
 from vlbench.adapters.common.questions import Reading, answer, splits_of, where_of
 from vlbench.core.errors import UserError
 from vlbench.core.types import Estimate, Outcomes, Part, Provides, Rows, Source
+from vlbench.data.sources import without_images
 from vlbench.finetune.fusion.config import PAPER, TINY, FusionConfig
 from vlbench.finetune.fusion.questions import Questions
 from vlbench.stats.vqa import MIN_COUNT, accuracy, answer_vocabulary, soft_targets, vqa_outcomes
@@ -117,7 +118,7 @@ def _leading(source: Source) -> list[str]:
     known = getattr(source, "leading_answers", None)
     if known is not None:
         return list(known())
-    return [_annotated(source[index], source)["multiple_choice_answer"] for index in range(len(source))]
+    return [_annotated(without_images(source, index), source)["multiple_choice_answer"] for index in range(len(source))]
 
 
 def _annotated(example: Any, source: Source) -> Mapping[str, Any]:
@@ -132,7 +133,7 @@ def _annotated(example: Any, source: Source) -> Mapping[str, Any]:
 def _read(encoder: Any, source: Source, place_of: Mapping[str, int]) -> Reading[_Truth]:
     truths, targets = [], []
     for index in range(len(source)):
-        extra = _annotated(source[index], source)
+        extra = _annotated(without_images(source, index), source)
         truths.append(
             _Truth(
                 extra["question"],

@@ -114,7 +114,7 @@ class DatasetCard(Config):
     prompts: Prompts = Prompts()
     how_to_get: str = Field(default="", description="one line for a user who lacks the data")
     source: str = Field(default="", description="who made it, and where split and metric come from")
-    sizes: dict[Literal["train", "val", "test"], Annotated[int, Field(ge=1)]] = Field(
+    sizes: dict[Literal["train", "val", "test", "testA", "testB"], Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict, description="published number of examples by role"
     )
     n_classes: int | None = Field(default=None, ge=2)

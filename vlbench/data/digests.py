@@ -6,8 +6,8 @@ A source is read once for all of them: what was found stays with the opened sour
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from vlbench.core.errors import BadExample
 from vlbench.core.fingerprint import canonical_json, digest, digest_all
 from vlbench.core.types import Example, Region, Source
+from vlbench.data.sources import without_images
 
 
 def image_digests(source: Source) -> list[str]:
@@ -65,15 +66,36 @@ def content_digests(source: Source) -> Content:
     known: Content | None = getattr(source, "_content_digests", None)
     if known is None:
         images, examples = [], []
+        files: dict[str, str] = {}
         for index in range(len(source)):
-            example = source[index]
-            images.append(digest(example.image) if example.image is not None else None)
-            examples.append(example_digest(example, source.classes, image=images[-1], extra=_extra_of(source)))
+            example, image = _digested(source, index, files)
+            images.append(image)
+            examples.append(example_digest(example, source.classes, image=image, extra=_extra_of(source)))
         known = Content(tuple(images), tuple(examples))
         # A source of the user's own may have no room for it; then it is read again each time.
         with contextlib.suppress(AttributeError):
             source._content_digests = known  # type: ignore[attr-defined]
     return known
+
+
+def _digested(source: Source, index: int, known: dict[str, str]) -> tuple[Example, str | None]:
+    """An example and the digest of its image; a further image in its ``extra`` may be a digest as well.
+
+    ``known`` are the digests of files that were read before. They are not read again: VQA v2 asks five questions of an
+    image.
+    """
+    look = getattr(source, "image_files", None)
+    files: Mapping[str, str] = look(index) if look is not None else {}
+    if files and all(file in known for file in files.values()):
+        example = without_images(source, index)
+        found = {part: known[file] for part, file in files.items()}
+    else:
+        example = source[index]
+        images = {"image": example.image} | {part: example.extra[part] for part in files if part != "image"}
+        found = {part: digest(image) for part, image in images.items() if image is not None}
+        known.update((file, found[part]) for part, file in files.items())
+    image = found.pop("image", None)
+    return replace(example, extra={**example.extra, **found}), image
 
 
 def example_digest(

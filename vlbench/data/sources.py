@@ -85,6 +85,20 @@ class Subset(BaseSource):
         look = whole.regions_of
         return lambda index: look(self._indices[index])
 
+    @property
+    def without_images(self) -> Callable[[int], Example]:
+        """The source's ``without_images``, where it has one, for the chosen entries."""
+        whole: Any = self._source
+        look = whole.without_images
+        return lambda index: look(self._indices[index])
+
+    @property
+    def image_files(self) -> Callable[[int], Mapping[str, str]]:
+        """The source's ``image_files``, where it has them, for the chosen entries."""
+        whole: Any = self._source
+        look = whole.image_files
+        return lambda index: look(self._indices[index])
+
     def ids(self) -> Sequence[str]:
         """The ids of the chosen entries."""
         ids = self._source.ids()
@@ -94,6 +108,13 @@ class Subset(BaseSource):
         """The labels of the chosen entries."""
         labels = self._source.labels()
         return None if labels is None else [labels[index] for index in self._indices]
+
+
+def without_images(source: Source, index: int) -> Example:
+    """An example of which only what is asked or annotated is wanted: no image is read where the source can do so."""
+    look = getattr(source, "without_images", None)
+    example: Example = look(index) if look is not None else source[index]
+    return example
 
 
 def open_source(spec: str | DataSpec, split: str | None = None) -> Source:

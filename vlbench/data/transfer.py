@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from vlbench.core.errors import UserError
 from vlbench.core.types import Example, Source
 from vlbench.data.digests import content_digests
@@ -114,7 +116,7 @@ def _numbered(names: Sequence[str]) -> list[str]:
 
 
 class Relabelled(BaseSource):
-    """A source under another list of classes, those of its objects included.
+    """A source under another list of classes, those of its objects and its several labels an image included.
 
     Args:
         source: what is read.
@@ -137,6 +139,8 @@ class Relabelled(BaseSource):
         extra = example.extra
         if "categories" in extra:  # of its objects: COCO's reader
             extra = {**extra, "categories": tuple(self._new_labels[label] for label in extra["categories"])}
+        if "labels" in extra:
+            extra = {**extra, "labels": self._new_truth(np.asarray(extra["labels"]))}
         return replace(example, label=self._new(example.label), extra=extra)
 
     def ids(self) -> Sequence[str]:
@@ -152,6 +156,18 @@ class Relabelled(BaseSource):
     def _content_digests(self) -> Any:
         # The source's own: reading a million training images again for another list of their classes would be a waste.
         return content_digests(self._source)
+
+    def _new_truth(self, labels_K: np.ndarray) -> np.ndarray:
+        """``labels_C`` int8: of the source's K labels, in the new list.
+
+        A class that the source does not know is not counted (-1). Of one that unites several, one that is present makes
+        it present, and else one that is not counted makes it so.
+        """
+        labels_C = np.full(len(self.classes or ()), -1, dtype=np.int8)
+        places_K = np.array(self._new_labels, dtype=np.int64)
+        for value in (0, -1, 1):  # a later one stands above an earlier one
+            labels_C[places_K[labels_K == value]] = value
+        return labels_C
 
     def _new(self, label: int | None) -> int | None:
         return None if label is None else self._new_labels[label]

@@ -19,12 +19,18 @@ class Conduct:
     """How a caller wants the fine-tunings of a block to go, whoever starts them: see ``conducted``."""
 
     anew: bool = False
-    """Train again what is finished, and forget what is half done."""
+    """Train again what is there, finished or half done. What such a block began itself and did not end, since it was
+    killed or failed, the next one goes on with."""
+    forgets: bool = False
+    """With ``anew``: begin at step 0 even then. What was begun may be of another model."""
     watch: Callable[[int, int], contextlib.AbstractContextManager[Watcher]] | None = None
     """``train.progress.watch`` or its like; None: in silence."""
     folders: list[Path] = field(default_factory=list)
-    """Where the fine-tuned models of the block are; filled by ``finetune``."""
+    """Where the fine-tuned models of the block are; filled by ``finetune``. What is there before is new enough."""
 
+
+BEGUN_ANEW = "begun-anew"
+"""The file that marks a folder whose work a block with ``anew`` has begun, until that block ends well."""
 
 _CONDUCT: ContextVar[Conduct | None] = ContextVar("vlbench-finetune", default=None)
 
@@ -37,6 +43,8 @@ def conducted(conduct: Conduct) -> Iterator[Conduct]:
         yield conduct
     finally:
         _CONDUCT.reset(token)
+    for folder in conduct.folders:
+        (folder / BEGUN_ANEW).unlink(missing_ok=True)
 
 
 def current() -> Conduct:

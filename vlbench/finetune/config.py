@@ -84,6 +84,19 @@ class FinetuneConfig(RunConfig):
         """Whether a checkpoint is written after ``step`` steps: a judgement that was interrupted is made again."""
         return super().saves_at(step) or self.judges_at(step)
 
+    def asked_in(self, precision: str) -> Self:
+        """The settings under which a tuned model that holds its backbone is asked what is reported.
+
+        ``precision`` is the call's. Training, and every look at the held-out data, are of the protocol's own; where
+        that is bf16, the model is asked in it as well.
+        """
+        return self if precision == "fp32" else self.model_copy(update={"precision": precision})
+
+    def notes_on_asking(self) -> list[str]:
+        """What a result says where the call's precision has no part in it."""
+        own = self.precision
+        return [] if own == "fp32" else [f"asked in {own}, as its protocol trains it: --precision changes nothing here"]
+
     def at_rate(self, factor: float) -> Self:
         """The settings of one run: ``factor`` times the learning rate, the backbone's own factor, no search."""
         factors = dict(self.optim.lr_factors)

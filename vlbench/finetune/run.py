@@ -3,13 +3,6 @@
 A run judges itself every ``judge_every`` steps and keeps its best weights; with ``search`` there is a run for each
 learning rate, and the best of them is taken. Each judgement has a checkpoint of its step: a run that was killed between
 the two judges first and goes on then, so that it chooses, bit for bit, what the run that was never stopped chose.
-
-In the folder::
-
-    lr-0.001/        a run as of pretraining (config.json, log.jsonl, ckpt.pt), judged.jsonl, best.safetensors
-    weights.safetensors    the chosen weights: plain tensors
-    assets.safetensors     what the recipe learnt of the data (an answer vocabulary), where it did
-    tuned.json       what was chosen and why; written last, so that a folder that has it is finished
 """
 
 from __future__ import annotations
@@ -18,38 +11,40 @@ import contextlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from filelock import FileLock, Timeout
-from safetensors.torch import save as to_safetensors
 from torch import nn
 
-from vlbench.core.config import Config
 from vlbench.core.errors import RunError, UserError
 from vlbench.core.files import atomic_writer, sha256, write_text
-from vlbench.core.fingerprint import fingerprint
-from vlbench.core.names import slug
-from vlbench.core.paths import cache_dir
 from vlbench.core.types import Recipe
-from vlbench.finetune.conduct import Conduct, current
+from vlbench.finetune.conduct import BEGUN_ANEW, Conduct, current
 from vlbench.finetune.config import FinetuneConfig
+from vlbench.finetune.folder import (
+    ASSETS,
+    BEST,
+    JUDGED,
+    TUNED,
+    WEIGHTS,
+    held,
+    read_assets,
+    read_judgements,
+    seconds_of,
+    write_judgements,
+    write_tensors,
+)
 from vlbench.models.weights import asset_tensors, checkpoint_assets, load_strictly, read_checkpoint, read_weights
-from vlbench.train.checkpoint import CHECKPOINT, LOG
+from vlbench.train.checkpoint import CHECKPOINT
 from vlbench.train.distributed import from_first, ranks
 from vlbench.train.feed import Feed
 from vlbench.train.loop import Diverged, fit
 from vlbench.train.progress import Silent, Watcher
 from vlbench.train.run_config import FREE_ON_RESUME
-
-FINETUNE_VERSION = 1
-"""Part of every work folder's name: raised by changes that move what a fine-tuning learns."""
-WEIGHTS, ASSETS, TUNED = "weights.safetensors", "assets.safetensors", "tuned.json"
-BEST, JUDGED, LOCK = "best.safetensors", "judged.jsonl", ".lock"
 
 Judge = Callable[[nn.Module], float]
 T = TypeVar("T")
@@ -79,21 +74,6 @@ class Tuned:
     def weights(self) -> Path:
         """The file of the chosen weights."""
         return self.folder / WEIGHTS
-
-
-def work_folder(name: str, *, backbone: str, adapter: str, config: Config, data_key: str) -> Path:
-    """Where the fine-tuning of one backbone on one task lives in the cache; the same for the same question.
-
-    Args:
-        name: the model's, for people.
-        backbone: its fingerprint.
-        adapter: the adapter's name.
-        config: resolved settings. What moves no weights (workers, checkpoints, the log) leaves the folder the same.
-        data_key: fingerprint of all that is learnt from and chosen on.
-    """
-    settings = {key: value for key, value in config.model_dump(mode="json").items() if key not in FREE_ON_RESUME}
-    key = [FINETUNE_VERSION, backbone, adapter, settings, data_key]
-    return cache_dir() / "finetune" / f"{slug(name)}-{slug(adapter)}-{fingerprint(key)}"
 
 
 def finetune(
@@ -128,14 +108,15 @@ def finetune(
     """
     assert judge is not None or (config.select == "last" and not config.search), "who chooses looks at held-out data"
     device, conduct = torch.device(device), current()
-    with _claimed(folder, anew=conduct.anew):
+    with _claimed(folder, conduct):
         facts = _by_first(lambda: _finished(folder, recipe, config, feed))
         if facts is None:
             work = _Work(recipe, feed, judge, device)
             runs = _train_all(work, config, folder, _watching(config, conduct, watcher))
             facts = _by_first(lambda: _finish(folder, recipe, config, feed, runs))
-        conduct.folders.append(folder)
-        assets = _read_assets(folder)
+        if folder not in conduct.folders:
+            conduct.folders.append(folder)
+        assets = read_assets(folder)
         module = _built(recipe.with_assets(assets), config, feed, device)
         load_strictly(module, read_weights(folder / WEIGHTS), where=str(folder / WEIGHTS))
     chosen = {key: facts[key] for key in ("learning_rate", "step", "value", "seconds")}
@@ -220,7 +201,7 @@ class _Judging:
             feed=self.work.feed,
             after_save=self._look,
         )
-        return _by_first(lambda: _Run(self.config, self.folder, _judgements(self.folder)))
+        return _by_first(lambda: _Run(self.config, self.folder, read_judgements(self.folder)))
 
     def _look(self, step: int, module: nn.Module) -> None:
         if self._is_due(step):
@@ -243,8 +224,10 @@ class _Judging:
         if saved is None:
             (self.folder / JUDGED).unlink(missing_ok=True)
             return
-        step, lines = saved["step"], _judgements(self.folder)
-        _write_judgements(self.folder, [line for line in lines if line["step"] <= step])
+        if (self.folder.parent / BEGUN_ANEW).is_file():
+            self.watcher.say(f"going on with what was begun anew; to begin at step 0, delete {self.folder.parent}")
+        step, lines = saved["step"], read_judgements(self.folder)
+        write_judgements(self.folder, [line for line in lines if line["step"] <= step])
         if self._is_due(step) and all(line["step"] != step for line in lines):
             recipe = self.work.recipe.with_assets(checkpoint_assets(saved))
             module = _built(recipe, self.config, self.work.feed, self.work.device)
@@ -254,11 +237,11 @@ class _Judging:
     def _record(self, step: int, module: nn.Module) -> None:
         """Judge, keep the weights where they are the ones to be kept, and note it: in this order."""
         value = self._judged(step, module)
-        lines = _judgements(self.folder)
+        lines = read_judgements(self.folder)
         best = value is not None and all(value > line["value"] for line in lines)
         if best if self.config.select == "best" else step == self.config.steps:
-            _write_tensors(self.folder / BEST, module.state_dict(), step=step)
-        _write_judgements(self.folder, [*lines, {"step": step, "value": value}])
+            write_tensors(self.folder / BEST, module.state_dict(), step=step)
+        write_judgements(self.folder, [*lines, {"step": step, "value": value}])
         if value is not None:
             self.watcher.say(f"step {step}: {value:.4f} on held-out data" + (", the best so far" if best else ""))
 
@@ -291,14 +274,14 @@ def _finish(folder: Path, recipe: Recipe, config: FinetuneConfig, feed: Feed, ru
         shutil.copyfileobj(source, target)
     assets = checkpoint_assets(read_checkpoint(best.folder / CHECKPOINT))
     if assets:
-        _write_tensors(folder / ASSETS, asset_tensors(assets))
+        write_tensors(folder / ASSETS, asset_tensors(assets))
     facts = {
         **_question(recipe, config, feed),
         **best.chosen(),
         "learning_rate": best.config.optim.lr,
-        "seconds": round(sum(_seconds(run.folder) for run in runs), 3),
+        "seconds": round(sum(seconds_of(run.folder) for run in runs), 3),
         "history": [{"learning_rate": run.config.optim.lr, **line} for run in runs for line in run.judged],
-        "weights": sha256(folder / WEIGHTS),
+        **_digests(folder),
     }
     write_text(folder / TUNED, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     for name in (CHECKPOINT, BEST):
@@ -320,7 +303,7 @@ def _finished(folder: Path, recipe: Recipe, config: FinetuneConfig, feed: Feed) 
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         asked = _question(recipe, config, feed)
         changed = [key for key in asked if facts[key] != asked[key]]
-        if not changed and sha256(folder / WEIGHTS) == facts["weights"]:
+        if not changed and all(facts[key] == value for key, value in _digests(folder).items()):
             return facts
     except (ValueError, KeyError, FileNotFoundError):
         changed = []
@@ -330,38 +313,18 @@ def _finished(folder: Path, recipe: Recipe, config: FinetuneConfig, feed: Feed) 
     return None
 
 
+def _digests(folder: Path) -> dict[str, str | None]:
+    """Of what the chosen model is read from."""
+    assets = folder / ASSETS
+    return {"weights": sha256(folder / WEIGHTS), "assets": sha256(assets) if assets.is_file() else None}
+
+
 def _question(recipe: Recipe, config: FinetuneConfig, feed: Feed) -> dict[str, Any]:
     """What was asked, as JSON gives it back. Data that were moved are the same data."""
     settings = {key: value for key, value in config.model_dump(mode="json").items() if key not in FREE_ON_RESUME}
     data = [{key: value for key, value in source.items() if key != "spec"} for source in feed.identity()]
     whole: dict[str, Any] = json.loads(json.dumps({"recipe": recipe.name, "config": settings, "data": data}))
     return whole
-
-
-def _judgements(folder: Path) -> list[dict[str, Any]]:
-    path = folder / JUDGED
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
-
-
-def _write_judgements(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    write_text(folder / JUDGED, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], **facts: Any) -> None:
-    """Tensors by name, each of its own memory; it survives a power cut before what is written after it does."""
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    with atomic_writer(path, sync=True) as handle:
-        handle.write(to_safetensors(own, metadata={name: str(value) for name, value in facts.items()}))
-
-
-def _read_assets(folder: Path) -> dict[str, bytes]:
-    path = folder / ASSETS
-    return {name: tensor.numpy().tobytes() for name, tensor in read_weights(path).items()} if path.is_file() else {}
-
-
-def _seconds(run: Path) -> float:
-    lines = (run / LOG).read_text(encoding="utf-8").splitlines()
-    return float(json.loads(lines[-1])["seconds"])
 
 
 # ---------------------------------------------------------------------------------- ranks and processes
@@ -377,43 +340,20 @@ def _by_first(make: Callable[[], T]) -> T:
         except Exception as raised:
             error = raised
     line = f"{type(error).__name__}: {error}" if not isinstance(error, UserError | None) else str(error)
-    value, line = from_first((value, line if error is not None else None))
+    value, line, diverged = from_first((value, line if error is not None else None, isinstance(error, Diverged)))
     if error is not None:
         raise error
     if line is not None:
-        raise RunError(line)
+        raise (Diverged if diverged else RunError)(line)  # a search goes on without the rate, on every rank
     return value
 
 
 @contextlib.contextmanager
-def _claimed(folder: Path, *, anew: bool) -> Iterator[None]:
+def _claimed(folder: Path, conduct: Conduct) -> Iterator[None]:
     """The folder, held by the first rank for all against other calls."""
     with contextlib.ExitStack() as stack:
-        _by_first(lambda: stack.enter_context(_held(folder, anew=anew)))
+        _by_first(lambda: stack.enter_context(held(folder, conduct)))
         yield
-
-
-@contextlib.contextmanager
-def _held(folder: Path, *, anew: bool) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the folder {error.filename or folder} cannot be made: {error.strerror}") from None
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{folder} is in use: another process fine-tunes the same there; wait for its end") from None
-    try:
-        if anew:
-            for path in folder.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif path.name != LOCK:
-                    path.unlink()
-        yield
-    finally:
-        lock.release()
 
 
 def _watching(

@@ -149,6 +149,8 @@ def prepare(choice: Choice, session: Session) -> Job:
     if missing:
         raise Unsuitable(f"{session.model.name} has no {_what_is_missing(missing)}")
     config = parse(adapter.Config, card.protocol, where=f"task {card.name}, protocol")
+    if hasattr(config, "check_start"):  # what is wrong with it is said before an image is read
+        config.check_start()
     lack = adapter.lack(config) if hasattr(adapter, "lack") else None
     if lack is not None:
         raise Unsuitable(lack)
@@ -224,8 +226,11 @@ def measure(job: Job, session: Session) -> tuple[Result, Rows]:
 
 
 def _predict(job: Job, session: Session, precision: str) -> Rows:
-    """The rows of one task. An adapter that trains is run by all processes, each with its own view of the same."""
-    if not getattr(job.adapter, "trains", False):
+    """The rows of one task. An adapter that trains is run by all processes, each with its own view of the same.
+
+    So is one that says ``together``: what it asks of the encoder is then dealt out without orders.
+    """
+    if not (getattr(job.adapter, "trains", False) or getattr(job.adapter, "together", False)):
         rows: Rows = job.adapter.predict(session.encoder_in(precision), job.data, job.config)
         return rows
     if session.crew.first:
@@ -235,7 +240,7 @@ def _predict(job: Job, session: Session, precision: str) -> Rows:
 
 
 def _join_in(order: crews.Order, session: Session) -> None:
-    """What the other processes do of a task whose adapter trains: all of it, but for storing."""
+    """What the other processes do of a task that all do together: all of it, but for storing."""
     with session.crew.together():
         _train_and_predict(prepare(order.choice, session), session, order.precision)
 
@@ -245,10 +250,15 @@ def _train_and_predict(job: Job, session: Session, precision: str) -> Rows:
     from vlbench.train.progress import watch
 
     encoder = session.encoder_in(precision)
-    anew = session.force or not encoder.code_is_known
-    with conducted(Conduct(anew=anew, watch=watch if session.crew.first else None)) as conduct:
+    forgets = not encoder.code_is_known
+    conduct = Conduct(
+        anew=session.force or forgets,
+        forgets=forgets,
+        watch=watch if session.crew.first else None,
+        folders=session.tuned,  # what --precision-spread asks a second time is not tuned a second time
+    )
+    with conducted(conduct):
         rows: Rows = job.adapter.predict(encoder, job.data, job.config)
-    session.tuned = conduct.folders
     return rows
 
 

@@ -153,7 +153,7 @@ CASES = {
     "a box outside its image": (
         INSTANCES,
         put(2, "bbox", [3, 4, 5, 60], "annotations"),
-        r"annotations 2 \(id \d+\): bbox \[3, 4, 5, 60\] is not inside its image of 16 x 16 pixels",
+        r"annotations 2 \(id \d+\): bbox \[3, 4, 5, 60\] reaches outside its image of 16 x 16 pixels",
     ),
     "a box of three numbers": (
         INSTANCES,

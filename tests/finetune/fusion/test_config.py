@@ -17,6 +17,14 @@ def test_words_must_fit_after_padding() -> None:
         parse(FusionConfig, {"max_words": 30, "stream": {"positions": 30}}, where="here")
 
 
+def test_bad_images_are_not_passed_over() -> None:
+    with pytest.raises(UserError, match=r"max_bad: a question whose image cannot be read stops the run.*leave it out"):
+        parse(FusionConfig, {"max_bad": 0.5}, where="here")
+    assert parse(FusionConfig, {"max_bad": 0}, where="here").max_bad == 0
+    stored = FusionConfig().model_dump(mode="json")
+    assert parse(FusionConfig, stored, where="here") == FusionConfig()
+
+
 def test_contents_follow_weights_and_vocabulary_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n")

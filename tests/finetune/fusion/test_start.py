@@ -123,20 +123,64 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
         tuned(settings(init=str(tmp_path)))
 
 
-def test_berts_weights_and_vocabulary_are_taken(tmp_path: Path) -> None:
+def make_bert(folder: Path) -> tuple[SingleStream, Heads]:
+    """A folder as BERT's are published, and what is in it."""
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "red", "one", "blue"]
-    (tmp_path / "vocab.txt").write_text("\n".join(tokens) + "\n")
-    config = settings(bert=str(tmp_path), stream=STREAM)
+    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")
     torch.manual_seed(3)
-    stream = SingleStream(config.stream, words=len(tokens), feature_width=2)
+    stream = SingleStream(settings(stream=STREAM).stream, words=len(tokens), feature_width=2)
     heads = Heads(32, words=len(tokens), match=True)
     from vlbench.models.single_stream import _HEAD_NAMES, _stream_names
 
     published = {there: stream.state_dict()[here] for here, there in _stream_names(2).items() if "tag" not in here}
     published |= {there: heads.state_dict()[here] for here, there in _HEAD_NAMES.items()}
-    torch.save(published, tmp_path / "pytorch_model.bin")
-    model = tuned(config)
-    assert model.words.size == len(tokens)
+    torch.save(published, folder / "pytorch_model.bin")
+    return stream, heads
+
+
+def test_what_cannot_be_begun_with_is_said_without_a_model(
+    muvla: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    folder = muvla[0]
+    settings(init=str(folder), stream=STREAM).check_start()
+    settings().check_start()
+    for size, there in (("layers", 2), ("heads", 2), ("width", 32)):
+        other = settings(init=str(folder), stream=STREAM | {size: 4})
+        with pytest.raises(UserError, match=rf"its stream has other sizes; set stream\.{size}={there}"):
+            other.check_start()
+    with pytest.raises(UserError, match="nowhere"):
+        settings(init=str(tmp_path / "nowhere")).check_start()
+    (tmp_path / "ckpt.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match=r"ckpt\.pt"):
+        settings(init=str(tmp_path)).check_start()
+
+
+def test_a_bert_that_does_not_fit_is_said_without_a_model(tmp_path: Path) -> None:
+    make_bert(tmp_path)
+    at_hand = torch.random.get_rng_state()
+    settings(bert=str(tmp_path), stream=STREAM).check_start()
+    assert torch.equal(torch.random.get_rng_state(), at_hand)
+    for size, line in (
+        ({"width": 16}, "set stream's sizes"),
+        ({"hidden": 16}, "set stream's sizes"),
+        ({"positions": 40}, "set stream's sizes"),
+        ({"layers": 3}, "BERT's weights lack 'encoder.layer.2"),
+    ):
+        with pytest.raises(UserError, match=line):
+            settings(bert=str(tmp_path), stream=STREAM | size).check_start()
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 4}')
+    with pytest.raises(UserError, match=r"config\.json says 4 attention heads; set stream\.heads=4"):
+        settings(bert=str(tmp_path), stream=STREAM).check_start()
+    settings(bert=str(tmp_path), stream=STREAM | {"heads": 4}).check_start()
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(UserError, match=r"neither model\.safetensors nor pytorch_model\.bin is there"):
+        settings(bert=str(tmp_path), stream=STREAM | {"heads": 4}).check_start()
+
+
+def test_berts_weights_and_vocabulary_are_taken(tmp_path: Path) -> None:
+    stream, heads = make_bert(tmp_path)
+    model = tuned(settings(bert=str(tmp_path), stream=STREAM))
+    assert model.words.size == 9
     assert torch.equal(model.stream.layers[1].query.weight, stream.layers[1].query.weight)
     assert torch.equal(model.pooler.weight, heads.pooler.weight)
     last = tuned(settings(bert=str(tmp_path), stream=STREAM, pooler="last_word"))

@@ -25,6 +25,7 @@ from tests.finetune.fusion.quadrants import (
 from vlbench.adapters.common.fusion import FusionAnswers, ViewsOf, tune_and_answer
 from vlbench.adapters.encoder import Encoder
 from vlbench.core.errors import UserError
+from vlbench.finetune.conduct import Conduct, conducted
 from vlbench.finetune.fusion.heads import AnswerHead, ClassHead, RegionHead
 from vlbench.finetune.fusion.questions import Questions
 from vlbench.finetune.fusion.recipe import answers
@@ -111,6 +112,72 @@ def test_a_trained_backbone_learns_with_the_head_and_the_encoders_stays_as_it_is
     assert all(torch.equal(tensor, before[name]) for name, tensor in eyes.module.state_dict().items())
 
 
+def asked_of(encoder: Encoder, **values: Any) -> tuple[FusionAnswers, Path]:
+    """A short fine-tuning over this encoder, and its folder."""
+    train, held = which_colour(32), which_colour(64, seed=7)
+    with conducted(Conduct()) as conduct:
+        found = tune_and_answer(
+            encoder,
+            ClassHead(4),
+            train=train,
+            held_out=held,
+            asked={"held": held},
+            judge=right(held),
+            config=settings(steps=6, judge_every=3, **values),
+            data_key="test",
+        )
+    return found, conduct.folders[0]
+
+
+def test_a_trained_backbone_is_asked_in_the_precision_of_the_call_and_trained_in_its_own() -> None:
+    found, folder = asked_of(Encoder(backbone(), None), backbone="trained")
+    made = (folder / "tuned.json").stat().st_mtime_ns
+    coarse, same = asked_of(Encoder(backbone(), None, precision="bf16"), backbone="trained")
+    assert same == folder
+    assert (same / "tuned.json").stat().st_mtime_ns == made, "nothing was trained again"
+    assert coarse.chosen == found.chosen
+    fine_NC, coarse_NC = (np.stack(each.logits["held"]) for each in (found, coarse))
+    assert 0 < np.abs(fine_NC - coarse_NC).max() < 0.1
+    assert (found.notes, coarse.notes) == ([], [])
+
+
+def test_a_protocol_in_bf16_is_asked_in_it_and_says_so() -> None:
+    note = "asked in bf16, as its protocol trains it: --precision changes nothing here"
+    by_call = [
+        asked_of(Encoder(backbone(), None, precision=precision), backbone="trained", precision="bf16")[0]
+        for precision in ("fp32", "bf16")
+    ]
+    assert [found.notes for found in by_call] == [[note], [note]]
+    assert np.array_equal(*(np.stack(found.logits["held"]) for found in by_call))
+
+
+def test_frozen_features_are_of_the_precision_of_the_call_and_so_is_what_learns_from_them() -> None:
+    found, folder = asked_of(Encoder(backbone(), None))
+    coarse, other = asked_of(Encoder(backbone(), None, precision="bf16"))
+    assert folder != other
+    assert not np.array_equal(np.stack(found.logits["held"]), np.stack(coarse.logits["held"]))
+
+
+@pytest.mark.parametrize("kind", ["frozen", "trained"])
+def test_models_of_equal_weights_share_a_folder_whatever_they_are_called(kind: str) -> None:
+    found, folder = asked_of(Encoder(backbone(name="one"), None), backbone=kind)
+    made = (folder / "tuned.json").stat().st_mtime_ns
+    again, same = asked_of(Encoder(backbone(name="the other"), None), backbone=kind)
+    assert same == folder
+    assert (same / "tuned.json").stat().st_mtime_ns == made
+    assert np.array_equal(np.stack(again.logits["held"]), np.stack(found.logits["held"]))
+    assert folder.name.startswith("quadrants-fusion-")
+    assert asked_of(Encoder(backbone(1, name="one"), None), backbone=kind)[1] != folder
+
+
+@pytest.mark.parametrize("start", ["init", "bert"])
+def test_a_wrong_start_is_said_before_an_image_is_encoded(start: str, tmp_path: Path) -> None:
+    encoder = Encoder(backbone(), None)
+    with pytest.raises(UserError, match="nowhere"):
+        asked_of(encoder, **{start: str(tmp_path / "nowhere")})
+    assert encoder.stats.images_encoded == 0
+
+
 def test_answers_do_not_depend_on_the_size_of_the_batch() -> None:
     held = which_place(30, seed=7)
     found = {}
@@ -172,7 +239,16 @@ def test_fixed_region_features_are_read_by_the_images_key(tmp_path: Path) -> Non
     assert right(train)(found.logits["train"]) >= 0.95
     with pytest.raises(UserError, match="set feature_width"):
         tune(ClassHead(4), train, held, **fit, feature_width=7)
-    (folder / f"{held.views[0].ids()[0]}.npz").unlink()
+    key = held.views[0].ids()[0]
+    entry = folder / f"{key}.npz"
+    whole = dict(np.load(entry))
+    np.savez(entry, **(whole | {"image_w": 2 * SIDE}))
+    with (
+        pytest.raises(UserError, match=f"{key}: bad region features: of an image of 64 x 32 .* the image has 32 x 32"),
+        conducted(Conduct(watch=lambda steps, batch: pytest.fail("trained before it was said"))),
+    ):
+        tune(ClassHead(4), train, held, **fit | {"steps": 299}, feature_width=5)
+    entry.unlink()
     with pytest.raises(UserError, match="1 images have no features"):
         tune(ClassHead(4), train, held, **fit, feature_width=5)
 

@@ -18,6 +18,8 @@ import numpy as np
 from vlbench.adapters.common.region_features import region_features, visual_reader
 from vlbench.core.errors import UserError
 from vlbench.core.fingerprint import fingerprint
+from vlbench.data.regions.sized import SizedRegions, image_key
+from vlbench.data.sources import without_images
 
 if TYPE_CHECKING:
     from vlbench.finetune.fusion.config import FusionConfig
@@ -63,26 +65,33 @@ def tune_and_answer(
 
     Raises:
         BadExample: where an image cannot be read.
-        UserError: for a backbone that cannot be read or trained so, data that do not suit the head, bad features.
+        UserError: for a start (``init``, ``bert``) that cannot be taken, before any image is encoded; for a backbone
+            that cannot be read or trained so, data that do not suit the head, bad features.
         RunError: as ``finetune.run.finetune``.
     """
     from vlbench.adapters.encoder import FEATURES_VERSION
+    from vlbench.finetune.folder import work_folder
     from vlbench.finetune.fusion.feed import QuestionFeed
     from vlbench.finetune.fusion.recipe import FusionTuner, answers
-    from vlbench.finetune.run import finetune, work_folder
+    from vlbench.finetune.run import finetune
 
+    config.check_start()
     _check(head, train, config)
     card = encoder.backbone.card
     visual = visual_reader(encoder.backbone, levels=config.levels, cells=config.cells) if _trains(config) else None
     views = ViewsOf(encoder, config, visual)
     learnt, chosen_on = views(train), views(held_out)
+    ready = _looked_at(views, chosen_on, asked)
     recipe = FusionTuner(head, learnt.sight, visual=visual, card=card)
     feed = QuestionFeed(train, learnt, head)
     # The order of the questions decides a run, and the data's own fingerprint knows none.
     order = [{key: value for key, value in said.items() if key != "spec"} for said in feed.identity()]
+    asked_under = config.asked_in(encoder.precision) if _holds_all(config) else config
+    # The precision of the encoder is that of frozen features; what reads no such is trained the same in any.
+    of_features = None if _holds_all(config) else encoder.precision
     folder = work_folder(
-        card.id,
-        backbone=fingerprint([encoder.fingerprint, encoder.precision, FEATURES_VERSION]),
+        card.arch,
+        backbone=fingerprint([encoder.fingerprint, of_features, FEATURES_VERSION]),
         adapter="fusion",
         config=config,
         data_key=fingerprint([data_key, repr(head), order, config.contents()]),
@@ -96,8 +105,9 @@ def tune_and_answer(
         device=encoder.device,
     )
     notes = _notes(tuned.module, config, {"train": train, "held-out": held_out, **asked})
+    notes += config.notes_on_asking() if _holds_all(config) else []
     logits = {
-        name: answers(tuned.module, questions, views(questions), config, device=encoder.device)
+        name: answers(tuned.module, questions, ready.get(name) or views(questions), asked_under, device=encoder.device)
         for name, questions in asked.items()
     }
     chosen = {
@@ -111,6 +121,11 @@ def tune_and_answer(
 
 def _trains(config: FusionConfig) -> bool:
     return config.features is None and config.backbone == "trained"
+
+
+def _holds_all(config: FusionConfig) -> bool:
+    """Whether the tuned model computes all that it answers by: it reads no frozen features of the backbone."""
+    return config.features is not None or config.backbone == "trained"
 
 
 class ViewsOf:
@@ -147,15 +162,29 @@ class ViewsOf:
 
     def _fixed(self, questions: Questions, path: str) -> Views:
         from vlbench.data.regions.open import open_regions
-        from vlbench.finetune.fusion.views import FixedViews, image_key
+        from vlbench.finetune.fusion.views import FixedViews
 
-        columns = [[image_key(source[index]) for index in range(len(source))] for source in questions.views]
-        store = open_regions(path)
+        columns = [[image_key(without_images(view, index)) for index in range(len(view))] for view in questions.views]
+        store = SizedRegions(open_regions(path), path, questions.views)
         missing = sorted({key for column in columns for key in column if key not in store})
         if missing:
             raise UserError(f"{path}: {len(missing)} images have no features there, first {missing[0]!r}")
         keys_NV = list(zip(*columns, strict=True))
         return FixedViews(store, keys_NV, self.config.feature_width, self.config.max_regions, path)
+
+
+def _looked_at(views: ViewsOf, chosen_on: Views, asked: Mapping[str, Questions]) -> dict[str, Views]:
+    """What is asked, where a file has its regions: they are light to have. No other views are made.
+
+    All entries are looked at, those that weights are chosen on too: a wrong one would else be met after the training.
+    """
+    from vlbench.finetune.fusion.views import FixedViews
+
+    ready = {name: views(questions) for name, questions in asked.items()} if views.config.features is not None else {}
+    for found in (chosen_on, *ready.values()):
+        if isinstance(found, FixedViews):
+            found.check()
+    return ready
 
 
 def _boxes(questions: Questions) -> list[list[np.ndarray]]:

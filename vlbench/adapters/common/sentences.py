@@ -22,6 +22,7 @@ from vlbench.adapters.common.questions import (
     where_of,
 )
 from vlbench.core.types import Rows, Source
+from vlbench.data.sources import without_images
 from vlbench.finetune.fusion.questions import Questions
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def read_sentences(
     """The sentences of a source, each about one image of every view."""
     truths = []
     for index, label in enumerate(labels_of(source).tolist()):
-        example = source[index]
+        example = without_images(source, index)
         truths.append(Sentence(sentence_of(example, where_of(source)), label, str(example.extra.get("image_key", ""))))
     return Reading(
         Questions(views, tuple(truth.text for truth in truths), tuple(truth.label for truth in truths)),

@@ -14,7 +14,7 @@ unit).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,16 @@ from vlbench.core.errors import UserError
 from vlbench.core.types import Example, Part
 from vlbench.data.readers.annotations import (
     IMAGES_OPTION,
+    AsksOfFiles,
     field,
     find_images,
     image_folders,
-    image_of,
     read_lines,
     refuse_repeated,
     shown,
     split_files,
 )
-from vlbench.data.sources import BaseSource, Reader, split_table
+from vlbench.data.sources import Reader, split_table
 from vlbench.data.spec import DataSpec, local_path
 
 CLASSES = ("False", "True")
@@ -57,7 +57,7 @@ class _Line:
     group: str
 
 
-class Nlvr2Source(BaseSource):
+class Nlvr2Source(AsksOfFiles):
     """The examples of one split. An id is the line's identifier."""
 
     def __init__(
@@ -71,7 +71,8 @@ class Nlvr2Source(BaseSource):
     def __len__(self) -> int:
         return len(self._lines)
 
-    def __getitem__(self, index: int) -> Example:
+    def without_images(self, index: int) -> Example:
+        """A sentence and whether it is true."""
         line = self._lines[index]
         extra: dict[str, Any] = {
             "identifier": line.identifier,
@@ -79,10 +80,13 @@ class Nlvr2Source(BaseSource):
             "set": line.set,
             "image_key": line.pair,
         }
-        left = None
-        if self._images is not None:
-            left, extra["right"] = (image_of(self._path(line, place), line.identifier) for place in (0, 1))
-        return Example(id=line.identifier, image=left, texts={"en": (line.sentence,)}, label=line.label, extra=extra)
+        return Example(id=line.identifier, texts={"en": (line.sentence,)}, label=line.label, extra=extra)
+
+    def image_files(self, index: int) -> Mapping[str, str]:
+        """Both photographs, where there are images."""
+        if self._images is None:
+            return {}
+        return {part: self._path(self._lines[index], place) for place, part in enumerate(("image", "right"))}
 
     def ids(self) -> Sequence[str]:
         """Identifiers, in the order of the file."""

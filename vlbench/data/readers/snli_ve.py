@@ -12,7 +12,7 @@ stands for the image in SNLI, which no model of visual entailment may read.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,15 @@ from vlbench.core.types import Example, Part
 from vlbench.data.images import IMAGE_EXTENSIONS
 from vlbench.data.readers.annotations import (
     IMAGES_OPTION,
+    AsksOfFiles,
     field,
     find_images,
     image_folders,
-    image_of,
     read_lines,
     refuse_repeated,
     split_files,
 )
-from vlbench.data.sources import BaseSource, Reader, split_table
+from vlbench.data.sources import Reader, split_table
 from vlbench.data.spec import DataSpec
 
 CLASSES = ("contradiction", "neutral", "entailment")
@@ -57,8 +57,10 @@ class _Pair:
     premise: str
 
 
-class SnliVeSource(BaseSource):
+class SnliVeSource(AsksOfFiles):
     """The image-sentence pairs of one split."""
+
+    unit = "pairID "
 
     def __init__(
         self, spec: DataSpec, split: str, pairs: Sequence[_Pair], images: tuple[str, str] | None, *, undecided: int
@@ -72,14 +74,18 @@ class SnliVeSource(BaseSource):
     def __len__(self) -> int:
         return len(self._pairs)
 
-    def __getitem__(self, index: int) -> Example:
+    def without_images(self, index: int) -> Example:
+        """A sentence and its class."""
         pair = self._pairs[index]
         extra: dict[str, Any] = {"image_key": pair.image, "premise": pair.premise}
-        image = None
-        if self._images is not None:
-            folder, suffix = self._images
-            image = image_of(f"{folder}/{pair.image}{suffix}", f"pairID {pair.id}")
-        return Example(id=pair.id, image=image, texts={"en": (pair.hypothesis,)}, label=pair.label, extra=extra)
+        return Example(id=pair.id, texts={"en": (pair.hypothesis,)}, label=pair.label, extra=extra)
+
+    def image_files(self, index: int) -> Mapping[str, str]:
+        """The photograph, where there are images."""
+        if self._images is None:
+            return {}
+        folder, suffix = self._images
+        return {"image": f"{folder}/{self._pairs[index].image}{suffix}"}
 
     def ids(self) -> Sequence[str]:
         """``pairID``, in the order of the file."""

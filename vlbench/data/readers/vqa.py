@@ -23,16 +23,16 @@ from vlbench.core.errors import UserError
 from vlbench.core.types import Example, Part
 from vlbench.data.readers.annotations import (
     IMAGES_OPTION,
+    AsksOfFiles,
     field,
     find_images,
     image_folders,
-    image_of,
     objects,
     read_json,
     refuse_repeated,
     split_files,
 )
-from vlbench.data.sources import BaseSource, Reader, split_table
+from vlbench.data.sources import Reader, split_table
 from vlbench.data.spec import DataSpec
 
 N_ANSWERS = 10
@@ -76,8 +76,10 @@ class _Images:
         return f"{self.folder}/{self.spelling.format(part=self.part, number=number)}"
 
 
-class VqaSource(BaseSource):
+class VqaSource(AsksOfFiles):
     """The questions of one split. An id is the question's."""
+
+    unit = "question_id "
 
     def __init__(self, spec: DataSpec, split: str, questions: Sequence[_Question], images: _Images | None) -> None:
         parts: set[Part] = {"question"} if images is None else {"image", "question"}
@@ -88,7 +90,8 @@ class VqaSource(BaseSource):
     def __len__(self) -> int:
         return len(self._questions)
 
-    def __getitem__(self, index: int) -> Example:
+    def without_images(self, index: int) -> Example:
+        """A question and what people answered."""
         question = self._questions[index]
         extra: dict[str, Any] = {
             "question_id": question.id,
@@ -103,13 +106,11 @@ class VqaSource(BaseSource):
                 "question_type": question.truth.question_type,
                 "multiple_choice_answer": question.truth.leading,
             }
-        return Example(
-            id=str(question.id),
-            image=None
-            if self._images is None
-            else image_of(self._images.path(question.image), f"question_id {question.id}"),
-            extra=extra,
-        )
+        return Example(id=str(question.id), extra=extra)
+
+    def image_files(self, index: int) -> Mapping[str, str]:
+        """The file that the question is about, where there are images."""
+        return {} if self._images is None else {"image": self._images.path(self._questions[index].image)}
 
     def ids(self) -> Sequence[str]:
         """Question ids, in the order of the questions' file."""

@@ -6,17 +6,17 @@ Shapes: none; see batch.py.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as tf
 
-from vlbench.core.errors import BadExample, UserError
 from vlbench.core.types import Source
-from vlbench.data.images import decode
+from vlbench.data.images import image_at
+from vlbench.data.loading import in_batches, loaded
 from vlbench.finetune.detection.config import DetectionConfig
 from vlbench.finetune.detection.feed import DetectionFeed
 from vlbench.finetune.detection.neck import DIVISOR
@@ -126,25 +126,13 @@ def renew_norms(model: nn.Module, feed: DetectionFeed, config: DetectionConfig) 
     device = next(model.parameters()).device
     on = config.model_copy(update={"steps": config.steps + config.precise_norm, "accumulate": 1})
     model.train()
+    torch.manual_seed(config.seed)  # which boxes the heads see is drawn: alike on every rank, and after a resume
     for batch in feed.batches(None, on, start=config.steps, here=Ranks(), pin=False):
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             model({name: tensor.to(device) for name, tensor in batch.items()})
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
     model.eval()
-
-
-class _Stored(Dataset[torch.Tensor | BadExample | UserError]):
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    def __getitem__(self, index: int) -> torch.Tensor | BadExample | UserError:
-        try:
-            example = self.source[index]
-            assert example.image is not None, "a source of regions has images"
-            return tf.pil_to_tensor(decode(example.image, where=example.id))
-        except (BadExample, UserError) as error:  # raised in a loader process, it would arrive as a traceback
-            return error
 
 
 def _alike(images: Iterable[torch.Tensor], config: DetectionConfig) -> Iterator[tuple[list[int], list[torch.Tensor]]]:
@@ -172,16 +160,10 @@ def _at_once(config: DetectionConfig) -> int:
 
 def _stored_images(source: Source, indices: Sequence[int], config: DetectionConfig) -> Iterator[torch.Tensor]:
     """uint8 images of their stored size, in order."""
-    loader: DataLoader[Any] = DataLoader(
-        _Stored(source),
-        batch_size=_at_once(config),
-        sampler=indices,
-        collate_fn=list,
-        num_workers=config.workers,
-        multiprocessing_context="fork" if config.workers else None,
-    )
-    for images in loader:
-        for image in images:
-            if isinstance(image, Exception):
-                raise image
-            yield image
+    batches = in_batches(indices, _at_once(config))
+    for images in loaded(partial(_decoded, source), batches, workers=config.workers):
+        yield from images
+
+
+def _decoded(source: Source, indices: Sequence[int]) -> list[torch.Tensor]:
+    return [tf.pil_to_tensor(image_at(source, index)[1]) for index in indices]

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from vlbench.core.files import sha256
-from vlbench.core.fingerprint import fingerprint
+from vlbench.data.regions.open import stamp
 from vlbench.finetune.config import FinetuneConfig
 from vlbench.models.stream_config import StreamConfig
 
@@ -126,7 +126,25 @@ class FusionConfig(FinetuneConfig):
             )
         if self.features is not None and self.backbone == "trained":
             raise ValueError("features are fixed: nothing of a backbone is read that could be trained; leave one out")
+        if self.max_bad not in (0, type(self).model_fields["max_bad"].default):
+            raise ValueError(
+                "max_bad: a question whose image cannot be read stops the run, so that all models of a table learn "
+                "from the same questions; leave it out"
+            )
         return self
+
+    def check_start(self) -> None:
+        """Refuse an ``init`` or ``bert`` that cannot be read or does not fit.
+
+        Quick beside the images, before which it should be called. Only where there is a start, torch is loaded.
+
+        Raises:
+            UserError: with the setting to change.
+        """
+        if self.init is not None or self.bert is not None:
+            from vlbench.finetune.fusion.start import check_start
+
+            check_start(self)
 
     def contents(self) -> list[str]:
         """What lies in the files that a model begins with and reads: a path alone does not say it.
@@ -136,10 +154,7 @@ class FusionConfig(FinetuneConfig):
         """
         found: list[str] = []
         if self.features is not None:
-            features = Path(self.features).expanduser()
-            files = sorted(features.rglob("*.npz")) if features.is_dir() else [features]
-            seen = [(file.name, file.stat()) for file in files if file.is_file()]
-            found += [fingerprint([[name, stat.st_size, stat.st_mtime_ns] for name, stat in seen])]
+            found.append(stamp(self.features))
         for start in (self.init, self.bert):
             path = Path(start).expanduser() if start is not None else None
             if path is not None and path.is_dir():

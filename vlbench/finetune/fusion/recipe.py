@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from vlbench.core.cards import ModelCard
 from vlbench.core.errors import UserError
+from vlbench.data.loading import in_batches, loaded
 from vlbench.finetune.fusion.feed import question_batch
 from vlbench.finetune.fusion.heads import NO_REGION, Head
 from vlbench.finetune.fusion.model import FusionModel, Sight
@@ -101,7 +102,7 @@ def answers(
     """
     rows, _ = model.words(questions.texts)
     order = sorted(range(len(rows)), key=lambda question: (len(rows[question]), question))
-    batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
+    batches = in_batches(order, config.batch_size)
     counts = views.counts() if model.reads_regions else None
     found: list[np.ndarray] = [np.empty(0, dtype=np.float32)] * len(rows)
     device, training = torch.device(device), model.training
@@ -131,30 +132,8 @@ def _of_regions(logits_R: np.ndarray, count: int) -> np.ndarray:
     return whole
 
 
-class _Asked(Dataset[Any]):
-    """Batches of questions; an error of the user's comes back as a value."""
-
-    def __init__(self, rows: Sequence[Sequence[int]], views: Views, batches: Sequence[Sequence[int]]) -> None:
-        self.rows, self.views, self.batches = rows, views, batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> Batch | UserError:
-        try:
-            return question_batch(self.rows, self.views, self.batches[index])
-        except UserError as error:
-            return error
-
-
 def _loaded(
     rows: Sequence[Sequence[int]], views: Views, batches: Sequence[Sequence[int]], workers: int
 ) -> Iterator[Batch]:
-    asked = _Asked(rows, views, batches)
     workers = min(workers, len(batches)) if views.decodes else 0
-    context = "fork" if workers else None
-    loader: DataLoader[Any] = DataLoader(asked, batch_size=None, num_workers=workers, multiprocessing_context=context)
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    return loaded(partial(question_batch, rows, views), batches, workers=workers)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from vlbench.core.errors import UserError
-from vlbench.data.wordpiece import read_wordpiece, train_wordpiece
+from vlbench.data.wordpiece import WordPieceTokenizer, read_wordpiece, train_wordpiece
 from vlbench.finetune.fusion.model import FusionModel
+from vlbench.models.single_stream import SingleStream
 from vlbench.models.stream_start import bert_vocabulary, load_bert
 from vlbench.models.weights import checkpoint_assets, read_checkpoint
 
@@ -30,6 +31,27 @@ def vocabulary_of(config: Any, texts: Sequence[str]) -> bytes:
     if config.bert is not None:
         return read_wordpiece(bert_vocabulary(config.bert))
     return train_wordpiece(texts, config.words)
+
+
+def check_start(config: Any) -> None:
+    """Look whether a model of these settings can begin with ``init`` or ``bert``, without having one.
+
+    Raises:
+        UserError: as ``vocabulary_of`` and ``start_from``.
+    """
+    if config.init is not None:
+        checkpoint = _checkpoint(config.init)
+        _words_of(checkpoint, config.init)
+        _check_sizes(config, checkpoint)
+        return
+    words = vocabulary_of(config, ())
+    folder = Path(config.bert).expanduser()
+    _check_heads(config, folder)
+    # Neither the image side nor the head has a part in what is taken of BERT: any width does.
+    with torch.random.fork_rng(devices=()):
+        size = WordPieceTokenizer(words, context_length=config.max_words).size
+        stream = SingleStream(config.stream, words=size, feature_width=1, tags=False)
+    load_bert(stream, torch.nn.ModuleDict(), folder)
 
 
 def start_from(model: FusionModel, config: Any) -> list[str]:
@@ -90,6 +112,17 @@ def _check_sizes(config: Any, checkpoint: Mapping[str, Any]) -> None:
     if wrong:
         settings = " ".join(f"stream.{key}={json.dumps(theirs[key])}" for key in wrong)
         raise UserError(f"init {config.init}: its stream has other sizes; set {settings}")
+
+
+def _check_heads(config: Any, folder: Path) -> None:
+    """The weights do not tell the number of heads; the configuration that lies beside them as a rule does."""
+    file = folder / "config.json"
+    try:
+        heads = json.loads(file.read_text(encoding="utf-8")).get("num_attention_heads")
+    except (OSError, ValueError, AttributeError):
+        return
+    if heads is not None and heads != config.stream.heads:
+        raise UserError(f"bert {folder}: its config.json says {heads} attention heads; set stream.heads={heads}")
 
 
 def _checkpoint(init: str) -> dict[str, Any]:
