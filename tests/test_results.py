@@ -9,6 +9,7 @@ import jsonschema
 import pytest
 
 from vlbench.cli import main
+from vlbench.report.columns import Protocol
 from vlbench.store.results import ResultStore
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -35,3 +36,11 @@ def test_published_results_have_a_random_row_for_every_task() -> None:
     assert results
     random = {result.task for result in results if result.model.random}
     assert {result.task for result in results} <= random
+
+
+def test_published_results_of_a_task_share_one_protocol() -> None:
+    """Else they lie in tables of their own, and no two of them are compared."""
+    protocols: dict[str, set[Protocol]] = {}
+    for result in ResultStore(RESULTS).all():
+        protocols.setdefault(result.task, set()).add(Protocol.of(result))
+    assert [task for task, found in protocols.items() if len(found) > 1] == []
