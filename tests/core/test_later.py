@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,8 @@ class Tower:
 class Small(Tower):
     def __init__(self):
         super().__init__(2)
+
+BY_NAME = {"tower": Tower, "small": Small, "words": "its words"}
 """
 
 
@@ -70,6 +74,16 @@ def test_a_module_is_completed_when_its_class_is_first_needed(module) -> None:
     assert (module.Tower, module.Small) == (tower, small), "a class there is once"
     assert module.Base.__module__ == "fractions", "and the library's own in place of the makeshift"
     assert module.Tower(3).value == 3
+    by_name = module.BY_NAME
+    assert by_name == {"tower": tower, "small": small, "words": "its words"}
+    assert type(pickle.loads(pickle.dumps(by_name["small"]()))) is small
+
+
+def test_threads_that_need_it_at_once_all_find_it_complete(module, tmp_path: Path) -> None:
+    (tmp_path / "with_towers.py").write_text("import time\ntime.sleep(0.2)\n" + SOURCE)  # which is run again
+    complete_at(module, "Tower", "__init__")
+    with ThreadPoolExecutor(3) as pool:
+        assert [tower.value for tower in pool.map(lambda number: module.Tower(number), range(3))] == [0, 1, 2]
 
 
 def test_whoever_asks_the_compiler_for_more_gets_it() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from multiprocessing import active_children
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,15 @@ def test_keys_are_read_as_they_are_needed() -> None:
 
     made = loaded(lambda key: key, endless(), workers=1)
     assert [next(made) for _ in range(3)] == [0, 1, 2]
+
+
+def test_the_processes_end_where_nobody_asks_for_more() -> None:
+    before = set(active_children())
+    made = loaded(lambda key: key, range(100), workers=2)
+    assert next(made) == 0
+    assert len(set(active_children()) - before) == 2
+    made.close()
+    assert not set(active_children()) - before
 
 
 def test_the_last_of_the_batches_may_be_smaller() -> None:

@@ -14,11 +14,11 @@ from tests.finetune.toys import CLASSES, Points, Toy, ToyConfig, accuracy
 from tests.train.conftest import in_process, on_ranks
 from vlbench.core.config import override
 from vlbench.core.errors import RunError, UserError
-from vlbench.finetune.conduct import Conduct, conducted
+from vlbench.finetune.conduct import BEGUN_ANEW, Conduct, conducted
 from vlbench.finetune.folder import work_folder
 from vlbench.finetune.run import Tuned, finetune
 from vlbench.models.weights import read_weights
-from vlbench.train.distributed import session
+from vlbench.train.distributed import Ranks, session
 from vlbench.train.progress import Silent
 
 HELD_OUT = Points(50, seed=1)
@@ -334,6 +334,17 @@ def test_a_killed_call_that_trains_anew_is_gone_on_with_by_the_next(whole: Tuned
     assert tuned.history == whole.history
     _, heard = _again(tmp_path, Conduct(anew=True))
     assert [record["step"] for record in heard.records] == [4, 8, 12], "that call has ended: a new one trains anew"
+
+
+def test_another_rank_does_not_say_that_the_first_one_is_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / BEGUN_ANEW).touch()
+    for rank in (1, 0):
+        monkeypatch.setattr("vlbench.finetune.conduct.ranks", lambda rank=rank: Ranks(rank, 2))
+        with conducted(Conduct(anew=True, folders=[tmp_path])):
+            pass
+        assert (tmp_path / BEGUN_ANEW).is_file() == (rank == 1)
 
 
 def test_what_was_half_done_is_forgotten_by_a_call_that_trains_anew(tmp_path: Path) -> None:

@@ -95,3 +95,14 @@ def test_columns_are_written_as_arrow_writes_them() -> None:
     file = pq.ParquetFile(pa.BufferReader(rows_to_parquet(Rows(COLUMNS))))
     for name in ("id", "label", "correct", "score", "precise"):
         assert file.read().column(name).combine_chunks() == pa.array(COLUMNS[name])
+
+
+@pytest.mark.parametrize("kind", [">i4", ">f8", ">u2"])
+def test_numbers_of_another_machines_byte_order_are_the_same_numbers(kind: str) -> None:
+    values = np.arange(6).reshape(2, 3).astype(kind)
+    assert np.array_equal(rows_from_parquet(rows_to_parquet(Rows({"x": values})))["x"], values)
+
+
+def test_dates_are_the_same_dates() -> None:
+    days = np.array(["2020-01-01", "2021-02-03", "1990-01-01"], dtype="datetime64[D]")
+    assert rows_from_parquet(rows_to_parquet(Rows({"day": days})))["day"] == days.tolist()

@@ -12,7 +12,7 @@ from vlbench.core.cards import dataset_cards, suites, task_cards
 from vlbench.core.catalog import ADAPTERS
 from vlbench.core.config import parse
 from vlbench.core.errors import UserError
-from vlbench.verbs.selection import find_data, own_card, select, with_settings
+from vlbench.verbs.selection import find_data, is_meant, own_card, select, with_settings
 
 
 def _names(selection) -> list[str]:
@@ -238,3 +238,22 @@ def test_wrong_settings_name_the_nearest() -> None:
         with_settings(choice, ["k"])
     with pytest.raises(UserError, match="unknown key 'kk'; did you mean 'k'"):
         parse(ADAPTERS.get("knn").Config, with_settings(choice, ["kk=3"]).card.protocol, where="task knn/shapes")
+
+
+@pytest.mark.parametrize(
+    "task, names, data, meant",
+    [
+        ("knn/shapes", "linear,knn", [], True),
+        ("knn/shapes", "linear,knn/shapes", [], True),
+        ("knn/shapes", "smoke", [], True),
+        ("knn/shapes", "linear", [], False),
+        ("knn/shapes-k-3", "knn", [], False),  # of --set: select gives the card alone
+        ("knn/mine", "knn", [], False),  # of --data
+        ("knn/mine", "knn", ["imagefolder:/nowhere/mine"], True),
+        ("knn/mine", "linear", ["imagefolder:/nowhere/mine"], False),
+        ("knn/shapes", "knn", ["imagefolder:/nowhere/mine"], False),
+        ("knn/imagenet_a", "knn/imagenet_a", ["imagefolder:/nowhere/mine"], True),  # what it learns from is absent too
+    ],
+)
+def test_results_are_meant_by_what_chose_their_tasks(task: str, names: str, data: list[str], meant: bool) -> None:
+    assert is_meant(task, names, data=data) is meant

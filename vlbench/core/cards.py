@@ -151,7 +151,7 @@ class TaskCard(Config):
 
     @property
     def expected_sizes(self) -> dict[str, int]:
-        """The published number of examples by role (``train``, ``val``, ``test``), where the data set's card has it."""
+        """The published number of examples by role (``train``, ``test``, …), where the data set's card has it."""
         sizes = dataset_cards()[self.dataset].sizes if self.dataset is not None else {}
         return dict(sizes.items())
 

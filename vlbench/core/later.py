@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib
 import sys
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -69,16 +70,19 @@ def complete_at(module: ModuleType, class_name: str, method: str) -> None:
     """Run a module again that was imported while a library was ``absent``, just before this method's first call.
 
     What it defines then takes the place of what it had defined without the library, but for its classes: there is one
-    of each, to which what was made before and what is made after belongs, and its methods see the library.
+    of each, to which what was made before and what is made after belongs, and its methods see the library. A call in
+    another thread waits until that is done.
     """
     owner = getattr(module, class_name)
     original = getattr(owner, method)
+    running = threading.RLock()
 
     @functools.wraps(original)
     def complete_first(*args: Any, **kwargs: Any) -> Any:
-        if getattr(owner, method) is complete_first:
-            setattr(owner, method, original)
-            _run_again(module)
+        with running:
+            if getattr(owner, method) is complete_first:
+                _run_again(module)
+                setattr(owner, method, original)
         return original(*args, **kwargs)
 
     setattr(owner, method, complete_first)
@@ -87,9 +91,16 @@ def complete_at(module: ModuleType, class_name: str, method: str) -> None:
 def _run_again(module: ModuleType) -> None:
     own = {name: value for name, value in vars(module).items() if _is_own_class(value, module)}
     importlib.reload(module)
+    first_of = {}
     for name, value in own.items():
-        if _is_own_class(getattr(module, name), module):  # else the library's, for which it had a makeshift
+        again = getattr(module, name)
+        if _is_own_class(again, module):  # else the library's, for which it had a makeshift
+            first_of[again] = value
             setattr(module, name, value)
+    for table in vars(module).values():
+        if isinstance(table, dict):  # in which it may list its classes
+            listed = {key: value for key, value in table.items() if isinstance(value, type) and value in first_of}
+            table.update({key: first_of[value] for key, value in listed.items()})
 
 
 def _is_own_class(value: Any, module: ModuleType) -> bool:

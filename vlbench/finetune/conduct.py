@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vlbench.train.distributed import ranks
 from vlbench.train.progress import Watcher
 
 
@@ -43,7 +44,7 @@ def conducted(conduct: Conduct) -> Iterator[Conduct]:
         yield conduct
     finally:
         _CONDUCT.reset(token)
-    for folder in conduct.folders:
+    for folder in conduct.folders if ranks().first else ():  # another rank may be through where this one fails
         (folder / BEGUN_ANEW).unlink(missing_ok=True)
 
 

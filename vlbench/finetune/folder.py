@@ -33,7 +33,7 @@ from vlbench.models.weights import read_weights
 from vlbench.train.checkpoint import CHECKPOINT, LOG
 from vlbench.train.run_config import FREE_ON_RESUME
 
-FINETUNE_VERSION = 1
+FINETUNE_VERSION = 2
 """Part of every work folder's name: raised by changes that move what a fine-tuning learns."""
 WEIGHTS, ASSETS, TUNED = "weights.safetensors", "assets.safetensors", "tuned.json"
 BEST, JUDGED, LOCK = "best.safetensors", "judged.jsonl", ".lock"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 from typing import Any
 
 from vlbench.core.later import absent, compiler_later, complete_at
@@ -15,16 +16,18 @@ _NEEDED_BY = (
     ("open_clip.hf_model", "HFTextEncoder", "__init__"),
     ("open_clip.coca_model", "CoCa", "generate"),
 )
+_IMPORTING = threading.Lock()
 
 
 def import_open_clip() -> Any:
     """The package ``open_clip``. Its towers of timm and transformers import those when the first one is made.
 
-    Code that imports open_clip by itself, before or after, finds it whole.
+    Code that imports open_clip by itself, before or after, can make all of its towers.
     """
-    if "open_clip" not in sys.modules:
-        with absent(*_OPTIONAL), compiler_later():
-            importlib.import_module("open_clip")
-        for module, owner, method in _NEEDED_BY:
-            complete_at(sys.modules[module], owner, method)
-    return sys.modules["open_clip"]
+    with _IMPORTING:
+        if "open_clip" not in sys.modules:
+            with absent(*_OPTIONAL), compiler_later():
+                importlib.import_module("open_clip")
+            for module, owner, method in _NEEDED_BY:
+                complete_at(sys.modules[module], owner, method)
+    return importlib.import_module("open_clip")  # waits for another thread that is in the midst of it

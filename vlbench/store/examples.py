@@ -64,7 +64,9 @@ def _to_arrow(values: Any) -> Any:
     for width in array.shape[1:]:
         if width == 0:
             raise UserError(f"a column of the rows has the shape {array.shape}: there is nothing in it")
-    arrow = _plain(np.ascontiguousarray(array).reshape(-1))
+    flat = np.ascontiguousarray(array).reshape(-1)
+    flat = flat.astype(flat.dtype.newbyteorder("="), copy=False)  # Arrow would read another machine's order as its own
+    arrow = _plain(flat) if flat.dtype.kind in "biuf" else pa.array(flat)  # a day has 64 bits here and 32 in Arrow
     for width in reversed(array.shape[1:]):
         arrow = pa.FixedSizeListArray.from_arrays(arrow, width)
     return arrow

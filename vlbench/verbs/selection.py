@@ -85,10 +85,15 @@ def select(names: str | Sequence[str], *, data: Sequence[str], root: Path) -> Se
 
 def is_meant(task: str, names: str | Sequence[str], *, data: Sequence[str]) -> bool:
     """Whether ``task``, as results name it, is one that ``select`` takes ``names`` for, its data here or not."""
-    words = _words(names)
+    from vlbench.data.spec import parse_spec
+
+    cards, words = task_cards(), _words(names)
+    if task in cards and task in words:
+        return True
     if data:
-        return any(choice.card.name == task for word in words for choice in _own(word, data, Path()))
-    return any(word in (task, task.split("/")[0]) or task in suites().get(word, ()) for word in words)
+        kinds = [word for word in words if word not in cards]
+        return any(own_card(kind, parse_spec(spec).bare).name == task for kind in kinds for spec in data)
+    return task in cards and any(word == cards[task].kind or task in suites().get(word, ()) for word in words)
 
 
 def find_data(card: TaskCard | DatasetCard, root: Path) -> str | None:

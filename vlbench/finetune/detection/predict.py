@@ -35,7 +35,7 @@ def detections(found: Mapping[str, torch.Tensor], *, size: tuple[int, int], stor
 
 
 def pasted(masks_KMM: torch.Tensor, boxes_K4: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """``masks_KHW``: what each mask, stretched over its box, says at the middle of each pixel; 0 outside the box.
+    """``masks_KHW``: what each mask, stretched over its box, says at the middle of each pixel; outside, less than 1/2.
 
     Bilinear between the middles of the cells, as detectron2 pastes. torchvision rounds boxes to whole pixels first:
     the true masks of objects of 30 pixels, pasted so, lie up to a pixel beside themselves.
