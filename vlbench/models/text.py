@@ -76,21 +76,20 @@ def build_text(config: TextConfig, embed_dim: int) -> TextTower:
     """A freshly initialised text tower into a joint space of ``embed_dim``."""
     from functools import partial
 
-    from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer
-
+    transformer = import_open_clip().transformer
     if config.width % config.heads:
         raise UserError(f"text tower: a width of {config.width} cannot be shared by {config.heads} heads")
     if config.tokenizer != "open_clip":
         raise UserError(f"text tower: tokenizer {config.tokenizer!r} cannot be trained with; use 'open_clip'")
-    net = TextTransformer(
+    net = transformer.TextTransformer(
         context_length=config.context_length,
         vocab_size=_byte_pair_encoder().vocab_size,
         width=config.width,
         heads=config.heads,
         layers=config.layers,
         output_dim=embed_dim,
-        act_layer=QuickGELU if config.quick_gelu else nn.GELU,
-        norm_layer=partial(LayerNorm, eps=config.layer_norm_eps),
+        act_layer=transformer.QuickGELU if config.quick_gelu else nn.GELU,
+        norm_layer=partial(transformer.LayerNorm, eps=config.layer_norm_eps),
     )
     return TextTower(net)
 
@@ -198,8 +197,7 @@ class Tokenizer:
 
 def _named_encoder(name: str, place: str) -> Any:
     """The tokenizer of the open_clip model ``place``."""
-    import open_clip
-
+    open_clip = import_open_clip()
     try:
         with quiet_logging(), hub_offline_without_network():
             return open_clip.get_tokenizer(place)

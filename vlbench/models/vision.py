@@ -141,18 +141,16 @@ def open_clip_config(name: str) -> dict[str, Any]:
 
 
 def _open_clip_tower(name: str, config: VisualConfig, embed_dim: int | None) -> VisualTower:
-    from open_clip import CLIPVisionCfg
-    from open_clip.modified_resnet import ModifiedResNet
-
+    open_clip = import_open_clip()
     whole = open_clip_config(name)
     vision = whole["vision_cfg"] | {"image_size": config.image_size} | config.kwargs
     if vision.get("timm_model_name"):
         raise UserError(f"{config.arch} is a timm network inside open_clip; train timm:{vision['timm_model_name']}")
     heads = vision.pop("heads", None)
-    known = {field.name for field in fields(CLIPVisionCfg)}
+    known = {field.name for field in fields(open_clip.CLIPVisionCfg)}
     for key in sorted(vision.keys() - known):
         raise UserError(f"{config.arch}: {unknown('setting', key, known | {'heads'})}")
-    cfg = CLIPVisionCfg(**vision)
+    cfg = open_clip.CLIPVisionCfg(**vision)
     is_resnet = isinstance(cfg.layers, list | tuple)
     attention_width = cfg.width * 32 if is_resnet else cfg.width
     heads = heads or max(1, attention_width // cfg.head_width)
@@ -161,7 +159,7 @@ def _open_clip_tower(name: str, config: VisualConfig, embed_dim: int | None) -> 
     if is_resnet:
         if config.image_size % 32:
             raise UserError(f"{config.identity()}: its input is a multiple of 32 pixels, not {config.image_size}")
-        net = ModifiedResNet(
+        net = open_clip.modified_resnet.ModifiedResNet(
             list(cfg.layers), embed_dim or whole["embed_dim"], heads, image_size=config.image_size, width=cfg.width
         )
         return ClipResNetTower(net, config.identity())

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from vlbench.adapters.encoder import SHARD_SECONDS
 from vlbench.core.errors import UserError
 from vlbench.core.fingerprint import digest
 from vlbench.core.types import Example, Region
@@ -32,8 +33,6 @@ RegionsOf: TypeAlias = Callable[[Example], Sequence[Region]]
 """The regions of an example, boxes in pixels of its image."""
 SHARD_ROWS = 1 << 16
 """Scores appended to the store at once, at most a batch more."""
-SHARD_SECONDS = 20.0
-"""What a kill loses of a slow model's scores."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vlbench.adapters.encoder import SHARD_SECONDS
 from vlbench.core.errors import UserError
 from vlbench.core.fingerprint import digest
 from vlbench.core.types import Source
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 1 << 26
 """Features are appended to the store at this size: a shard is held in memory, and a kill loses one."""
-SHARD_SECONDS = 20.0
-"""A slow model's shard is written after this long, however small it is."""
 
 
 @dataclass(frozen=True)
