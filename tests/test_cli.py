@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -29,6 +30,24 @@ def test_cli_answers_at_once_and_loads_no_torch(words: list[str]) -> None:
         seconds.append(time.perf_counter() - start)
         assert done.stderr.strip() == "False"
     assert min(seconds) < 0.5
+
+
+def test_blas_beside_torch_keeps_one_thread_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second pool that spins beside torch's made a probe's fit seven times slower."""
+    code = (
+        "import vlbench.cli as cli, sys\nsys.argv = ['vlbench', '--version']\n"
+        "try: cli.program()\nexcept SystemExit: pass\n"
+        "import numpy, scipy.linalg, threadpoolctl\n"
+        "print(*(pool['num_threads'] for pool in threadpoolctl.threadpool_info() if pool['user_api'] == 'blas'))"
+    )
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    said = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout]
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
+    said += [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout]
+    pools = [line.splitlines()[-1].split() for line in said]
+    assert set(pools[0]) == {"1"}
+    assert set(pools[1]) == {str(min(2, os.cpu_count() or 1))}
 
 
 @pytest.mark.parametrize(

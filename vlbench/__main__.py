@@ -1,5 +1,5 @@
 """``python -m vlbench``: the same command line as ``vlbench``."""
 
-from vlbench.cli import main
+from vlbench.cli import program
 
-raise SystemExit(main())
+raise SystemExit(program())

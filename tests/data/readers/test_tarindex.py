@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import time
 
 import pytest
 
@@ -126,6 +127,12 @@ def test_index_tar_keeps_large_indices_and_notices_change(tmp_path, monkeypatch)
     assert all(again.members(i) == built.members(i) for i in range(len(built)))
     write_tar(path, dict(list(MEMBERS.items())[:30]))
     assert len(index_tar(path)) == 15
+    before = path.stat()
+    time.sleep(0.02)  # longer than a file system's clock may stand still
+    write_tar(path, {f"9{name[1:]}": data for name, data in list(MEMBERS.items())[:30]})
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    assert index_tar(path).keys[0] == "900", "another content of the same size and time of modification is seen"
     for file in (cache_dir() / "tarindex").iterdir():
         file.write_bytes(b"damaged")
     assert len(index_tar(path)) == 15

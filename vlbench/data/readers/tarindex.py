@@ -1,7 +1,7 @@
 """Random access to a plain tar: which samples are in it, and where each member's bytes lie.
 
 A tar is walked once; the index (arrays, not objects: millions of members fit) is kept in the cache under the file's
-path, size and time of change. Members are read by offset with one ``open`` a sample, so nothing is shared between
+path, size and times of change. Members are read by offset with one ``open`` a sample, so nothing is shared between
 loader processes or threads, and nothing is ever extracted to a path.
 """
 
@@ -24,7 +24,7 @@ from vlbench.core.paths import cache_dir
 _VERSION = 1
 _COLUMNS = ("starts", "member_extension", "offsets", "sizes")
 _BLOCK = 512
-_WORTH_KEEPING = 2000  # members; fewer are walked again in less time than a cache file is worth
+_WORTH_KEEPING = 200  # members; fewer are walked again in little more time than a cache file is read
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -80,7 +80,9 @@ def index_tar(path: Path) -> TarIndex:
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such tar file") from None
     _refuse_compressed(path)
-    key = fingerprint([_VERSION, os.fspath(path.resolve()), status.st_size, status.st_mtime_ns])
+    # A file may be given its old time of modification back (rsync, touch); the time of its last change of state not.
+    times = [status.st_mtime_ns, status.st_ctime_ns]
+    key = fingerprint([_VERSION, os.fspath(path.resolve()), status.st_size, *times])
     kept = cache_dir() / "tarindex" / f"{key}.npz"
     index = _load(kept, path)
     if index is None:
