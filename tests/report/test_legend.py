@@ -10,7 +10,7 @@ import pytest
 from tests.report.test_leaderboard import row
 from tests.report.toy import Toy
 from vlbench.core.cards import TaskCard
-from vlbench.core.types import Result
+from vlbench.core.types import BEST_ON_TEST_GAP, Result
 from vlbench.report.columns import make_columns
 from vlbench.report.compare import compare_models
 from vlbench.report.leaderboard import page_of, render
@@ -49,6 +49,16 @@ def test_protocol_says_adapter_title_source_and_size() -> None:
         "**cifar10: acc1**: `linear` with its default settings, 400 examples. "
         "CIFAR-10, linear probe (arXiv 2103.00020)."
     )
+
+
+def test_protocol_says_what_choosing_by_the_test_set_would_add() -> None:
+    toy = Toy()
+    plain = toy.add("b", adapter="elevater_probe").estimates
+    gap = plain["acc1"].model_copy(update={"value": 0.04, "lo": -0.01, "hi": 0.09})
+    toy.add("a", adapter="elevater_probe", estimates=plain | {BEST_ON_TEST_GAP: gap})
+    (column,) = make_columns(toy.results, toy.outcomes_of)
+    said = protocol_line(column, Background(peers={"elevater_probe": "ELEVATER"}))
+    assert said.endswith("as the original does, the numbers would change by: a +4.0 [-1.0, +9.0].")
 
 
 def test_protocol_says_the_settings_that_differ_from_the_default() -> None:

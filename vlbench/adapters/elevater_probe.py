@@ -52,9 +52,9 @@ from vlbench.adapters.common.search import Point, coarse_to_fine
 from vlbench.adapters.common.selection import Checked, MetricName, qualities
 from vlbench.core.config import Config as BaseConfig
 from vlbench.core.errors import UserError
-from vlbench.core.types import Estimate, Outcomes, Part, Provides, Rows
+from vlbench.core.types import BEST_ON_TEST_GAP, Estimate, Outcomes, Part, Provides, Rows
 
-BEST, GAP = "_best_on_test", "best_on_test_gap"
+BEST = "_best_on_test"
 
 
 class Config(BaseConfig):
@@ -164,7 +164,7 @@ class ElevaterProbe:
             return last
         a, b = last[metric], best[metric]
         gap = Outcomes(a.ids, np.asarray(b.values) - np.asarray(a.values), a.clusters, binary=False, strata=a.strata)
-        return {**last, metric + BEST: b, GAP: gap}
+        return {**last, metric + BEST: b, BEST_ON_TEST_GAP: gap}
 
     def score(self, rows: Rows, config: Config) -> dict[str, Estimate]:
         """Every metric with its interval."""
@@ -270,7 +270,7 @@ def _joined(last: Rows, best: Rows, metric: str) -> Rows:
     added = {f"{name}_best": best[name] for name in ("pred", "rank", "score", "scores") if name in best.columns}
     chance = dict(last.meta["chance"])
     if metric in chance:
-        chance |= {metric + BEST: chance[metric], GAP: 0.0}
+        chance |= {metric + BEST: chance[metric], BEST_ON_TEST_GAP: 0.0}
     return Rows({**last.columns, **added}, {**last.meta, "chance": chance})
 
 

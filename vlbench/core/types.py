@@ -253,6 +253,10 @@ class Estimate(Config):
     method: str = Field(description="how the interval was made: 'wilson', 'cluster bootstrap B=2000', ...")
 
 
+BEST_ON_TEST_GAP = "best_on_test_gap"
+"""The estimate by which a number would be higher if something, the epoch say, were chosen by the test set itself."""
+
+
 class Adapter(Protocol):
     """One protocol of measurement. ``predict`` needs the model; the rest is numpy and can run for ever after.
 

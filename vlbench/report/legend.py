@@ -13,8 +13,9 @@ from typing import Any, TypeAlias
 
 from vlbench.core.cards import TaskCard
 from vlbench.core.config import flatten
-from vlbench.core.types import Result
+from vlbench.core.types import BEST_ON_TEST_GAP, Result
 from vlbench.report.columns import Column
+from vlbench.report.tables import interval, percent
 
 PEER_MARK = "†"
 
@@ -64,10 +65,23 @@ def protocol_line(column: Column, background: Background) -> str:
     mark = f"{PEER_MARK} " if shows_peer(column, background) else ""
     line = f"{mark}**{column.title}**: {', '.join(words)}."
     if card is None:
-        return f"{line} Without a task card."
+        return f"{line} Without a task card.{_best_on_test(column)}"
     if not is_current:
         line += f" Measured under an earlier card; today's is v{card.version}:"
-    return f"{line} {card.title}{f' ({card.source})' if card.source else ''}."
+    return f"{line} {card.title}{f' ({card.source})' if card.source else ''}.{_best_on_test(column)}"
+
+
+def _best_on_test(column: Column) -> str:
+    """How much higher each number would be if the test set itself had done the choosing, where that was measured."""
+    gaps = {
+        label: result.estimates[BEST_ON_TEST_GAP]
+        for label, result in column.results.items()
+        if BEST_ON_TEST_GAP in result.estimates
+    }
+    if not gaps:
+        return ""
+    said = (f"{label} {percent(g.value, signed=True)} {interval(g.lo, g.hi, signed=True)}" for label, g in gaps.items())
+    return f" Chosen by the test set itself, as the original does, the numbers would change by: {', '.join(said)}."
 
 
 def _settings(result: Result, defaults: Mapping[str, Any] | None) -> str:
