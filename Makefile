@@ -43,6 +43,7 @@ bench: setup       ## speed and footprint
 bench-peers: setup ## beside CLIP_benchmark and scikit-learn, and retrieval at scale; minutes to half an hour each
 	$(BIN)/python benchmarks/eval_vs_clip_benchmark.py
 	$(BIN)/python benchmarks/probe_vs_sklearn.py
+	$(BIN)/python benchmarks/probe_vs_sklearn.py --classes 100 --max-sklearn-seconds 900
 	$(BIN)/python benchmarks/retrieval_scale.py
 
 clean:

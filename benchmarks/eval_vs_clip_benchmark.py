@@ -106,7 +106,9 @@ def main() -> int:
     parser.add_argument("--test", type=int, default=1000, help="test photographs")
     parser.add_argument("--train", type=int, default=2000, help="training photographs of the probe")
     parser.add_argument("--parity", action="store_true", help="all test photographs as they are, and no timing")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="torch threads of either tool")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="torch threads and loader processes of either tool"
+    )
     parser.add_argument("--keep", metavar="DIR", help="work here and leave everything there")
     args = parser.parse_args()
     if args.images is None:
@@ -141,7 +143,8 @@ def compare(model: Model, work: Path, peer: Path, args: argparse.Namespace) -> i
 def run_peer(model: Model, work: Path, python: Path, args: argparse.Namespace) -> Run:
     """The peer's runs, one a task, each a process of its own as its command line has it."""
     run = Run()
-    common = ["eval", *model.peer, "--num_workers", "2", "--batch_size", "64", "--no_amp"]
+    shutil.rmtree(work / model.name, ignore_errors=True)  # features of an earlier call, in a folder that was kept
+    common = ["eval", *model.peer, "--num_workers", str(args.threads), "--batch_size", "64", "--no_amp"]
     jobs = {
         "zeroshot": ("zeroshot_classification", work / "photos", []),
         "retrieval": ("zeroshot_retrieval", work / "captioned", ["--recall_k", "1", "5", "10"]),
@@ -168,10 +171,12 @@ def run_vlbench(model: Model, work: Path, args: argparse.Namespace, *, from_stor
     """Vlbench on all tasks in one call; ``from_store``: once more, with the features of the first call."""
     run = Run()
     results = work / model.name / ("again" if from_store else "results")
+    if not from_store:
+        shutil.rmtree(work / "cache", ignore_errors=True)
     tasks = "zeroshot,retrieval" if args.parity else "zeroshot,linear,retrieval"
     data = [word for name in ("photos", "captioned") for word in ("--data", f"wds:{work / name}")]
     call = [sys.executable, "-m", "vlbench", "eval", *model.ours, "--tasks", tasks, *data, "--name", "model"]
-    call += ["--batch-size", "64", "--results", str(results)]
+    call += ["--batch-size", "64", "--workers", str(args.threads), "--results", str(results)]
     run.seconds["all"] = timed(call, work, args.threads)
     for task, name in (("zeroshot", "photos"), ("linear", "photos"), ("retrieval", "captioned")):
         if task in tasks.split(","):
