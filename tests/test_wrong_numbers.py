@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from vlbench.adapters import clip_benchmark_probe, knn, linear, retrieval, zeros
 from vlbench.cli import main
 from vlbench.core.errors import UserError
 from vlbench.core.types import Result
+from vlbench.data import remembered
 from vlbench.data.sources import open_source
 from vlbench.store.results import ResultStore
 from vlbench.verbs.calls import evaluate
@@ -104,6 +106,25 @@ def test_1_other_images_under_the_old_names_are_encoded_anew(tmp_path: Path) -> 
     after = measure(tmp_path, "knn", f"imagefolder:{folder}", force=True)["knn/colours"]
     assert after.images_per_second is not None, "the new images were encoded"
     assert after.data.fingerprint != before.data.fingerprint
+
+
+def test_1_an_image_that_was_changed_in_place_is_encoded_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remembered, "MARGIN_NS", 0)  # the images are young, and are to be remembered all the same
+    folder = write_folder(tmp_path / "colours", {"train": 4, "test": 4})
+    for image in folder.rglob("*.png"):
+        image.write_bytes(image.read_bytes().ljust(200, b"\0"))
+    image = folder / "test" / NAMES[0] / "0.png"
+    before, other = image.stat(), (folder / "test" / NAMES[1] / "0.png").read_bytes()
+    first = measure(tmp_path, "knn", f"imagefolder:{folder}")["knn/colours"]
+    while image.stat().st_ctime_ns == before.st_ctime_ns:
+        with image.open("r+b") as handle:
+            handle.write(other)
+        os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (image.stat().st_size, image.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert len(list((tmp_path / "cache" / "digests").iterdir())) == 2, "both splits are remembered"
+    again = measure(tmp_path, "knn", f"imagefolder:{folder}", force=True)["knn/colours"]
+    assert again.data.fingerprint != first.data.fingerprint, "it is another test set"
+    assert again.estimates["acc1"].value != first.estimates["acc1"].value
 
 
 # 2. The same probe with the same seed gave other numbers from the cache than without it.

@@ -20,6 +20,7 @@ from vlbench.adapters.common.classification import IMAGE_DIGITS, estimates
 from vlbench.core.config import Config as BaseConfig
 from vlbench.core.errors import UserError
 from vlbench.core.types import Estimate, Outcomes, Part, Provides, Rows
+from vlbench.data.sources import without_images
 from vlbench.stats.ranked import pseudo_values
 
 _CHANCE_CAPTIONS = 2000
@@ -48,7 +49,7 @@ class Captioning:
         digests = encoder.image_digests(source)
         rows: dict[str, dict[str, Any]] = {}
         for index, image in enumerate(digests):
-            example = source[index]
+            example = without_images(source, index)
             texts = example.texts.get(config.language, ())
             if not texts:
                 has = ", ".join(sorted(example.texts)) or "none"

@@ -35,6 +35,7 @@ from vlbench.core.errors import UserError
 from vlbench.core.fingerprint import digest
 from vlbench.core.types import Estimate, Example, Outcomes, Part, Provides, Rows
 from vlbench.data.regions.open import stamp
+from vlbench.data.sources import without_images
 from vlbench.stats.ranked import pseudo_values, roc_auc
 
 _OWN, _AGAINST = 0, 1  # places in a pool: the own caption, and the one that ROC-AUC and accuracy hold against it
@@ -157,7 +158,7 @@ def build_pools(source: Any, digests: Sequence[str], config: Config) -> list[_Po
 
 
 def _captioned(source: Any, index: int, language: str) -> Example:
-    example: Example = source[index]
+    example = without_images(source, index)
     if not example.texts.get(language):
         has = ", ".join(sorted(example.texts)) or "none"
         raise UserError(

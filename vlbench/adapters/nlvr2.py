@@ -23,7 +23,7 @@ from vlbench.adapters.common.sentences import Sentence, judge_sentences, read_se
 from vlbench.core.errors import UserError
 from vlbench.core.types import Estimate, Example, Outcomes, Part, Provides, Rows, Source
 from vlbench.data.digests import content_digests
-from vlbench.data.sources import BaseSource
+from vlbench.data.sources import BaseSource, Place
 from vlbench.finetune.fusion.config import PAPER, TINY, FusionConfig
 from vlbench.stats.consistency import image_set, nlvr2_outcomes
 
@@ -61,11 +61,11 @@ class Side(BaseSource):
         return lambda index: self._named(look(index))
 
     @property
-    def image_files(self) -> Callable[[int], Mapping[str, str]]:
+    def image_files(self) -> Callable[[int], Mapping[str, Place]]:
         """The file of the one image, where the pairs know the files of theirs."""
         look, part = self._pairs.image_files, ("image", "right")[self._place]  # type: ignore[attr-defined]
 
-        def own(index: int) -> Mapping[str, str]:
+        def own(index: int) -> Mapping[str, Place]:
             files = look(index)
             return {"image": files[part]} if part in files else {}
 

@@ -27,6 +27,7 @@ from vlbench.adapters.common.exact_ranks import ranks
 from vlbench.core.config import Config as BaseConfig
 from vlbench.core.errors import UserError
 from vlbench.core.types import Estimate, Outcomes, Part, Provides, Rows
+from vlbench.data.sources import without_images
 
 TEXT_TO_IMAGE, IMAGE_TO_TEXT = "text_to_image", "image_to_text"
 
@@ -120,9 +121,10 @@ def build_gallery(source: Any, digests: tuple[str, ...], language: str) -> Galle
         UserError: where an image has no caption in that language: leaving it out would change the number.
     """
     owner_of: dict[str, int] = {}
-    first, names, captions, caption_ids, owners = [], [], [], [], []
+    names, captions, caption_ids = list[str](), list[str](), list[str]()
+    first, owners = list[int](), list[int]()
     for index, image in enumerate(digests):
-        example = source[index]
+        example = without_images(source, index)
         texts = example.texts.get(language, ())
         if not texts:
             has = ", ".join(sorted(example.texts)) or "none"

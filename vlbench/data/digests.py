@@ -1,12 +1,13 @@
 """Content identities of data: the same images and annotations have the same fingerprint wherever they lie.
 
-A source is read once for all of them: what was found stays with the opened source.
+A source is read once for all of them: what was found stays with the opened source, and the digests of image bytes are
+remembered between runs (``remembered``).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from vlbench.core.errors import BadExample
 from vlbench.core.fingerprint import canonical_json, digest, digest_all
 from vlbench.core.types import Example, Region, Source
+from vlbench.data.remembered import RememberedDigests
 from vlbench.data.sources import without_images
 
 
@@ -62,15 +64,15 @@ class Content:
 
 
 def content_digests(source: Source) -> Content:
-    """All digests of a source, made on the first call."""
+    """All digests of a source, made on the first call. Images that were read by an earlier run are not read again."""
     known: Content | None = getattr(source, "_content_digests", None)
     if known is None:
         images, examples = [], []
-        files: dict[str, str] = {}
-        for index in range(len(source)):
-            example, image = _digested(source, index, files)
-            images.append(image)
-            examples.append(example_digest(example, source.classes, image=image, extra=_extra_of(source)))
+        with RememberedDigests(source) as remembered:
+            for index in range(len(source)):
+                example, image = _digested(source, index, remembered)
+                images.append(image)
+                examples.append(example_digest(example, source.classes, image=image, extra=_extra_of(source)))
         known = Content(tuple(images), tuple(examples))
         # A source of the user's own may have no room for it; then it is read again each time.
         with contextlib.suppress(AttributeError):
@@ -78,22 +80,22 @@ def content_digests(source: Source) -> Content:
     return known
 
 
-def _digested(source: Source, index: int, known: dict[str, str]) -> tuple[Example, str | None]:
+def _digested(source: Source, index: int, remembered: RememberedDigests) -> tuple[Example, str | None]:
     """An example and the digest of its image; a further image in its ``extra`` may be a digest as well.
 
-    ``known`` are the digests of files that were read before. They are not read again: VQA v2 asks five questions of an
-    image.
+    What was read before is not read again, also within a run: VQA v2 asks five questions of an image.
     """
     look = getattr(source, "image_files", None)
-    files: Mapping[str, str] = look(index) if look is not None else {}
-    if files and all(file in known for file in files.values()):
+    places = {part: remembered.look(place) for part, place in look(index).items()} if look is not None else {}
+    found = {part: place.digest for part, place in places.items() if place.digest is not None}
+    if places and len(found) == len(places):
         example = without_images(source, index)
-        found = {part: known[file] for part, file in files.items()}
     else:
         example = source[index]
-        images = {"image": example.image} | {part: example.extra[part] for part in files if part != "image"}
+        images = {"image": example.image} | {part: example.extra[part] for part in places if part != "image"}
         found = {part: digest(image) for part, image in images.items() if image is not None}
-        known.update((file, found[part]) for part, file in files.items())
+        for part, place in places.items():
+            remembered.learn(place, found[part])
     image = found.pop("image", None)
     return replace(example, extra={**example.extra, **found}), image
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 from vlbench.core.catalog import READERS
 from vlbench.core.errors import UserError
@@ -16,6 +16,18 @@ UNSPLIT = "all"
 """What the ``split`` of a source is called where the data have no splits."""
 
 _ALIASES = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}
+
+
+class Member(NamedTuple):
+    """Where the bytes of an image lie that is no file of its own."""
+
+    tar: str
+    offset: int
+    size: int
+
+
+Place: TypeAlias = "str | Member"
+"""Where the bytes of an image lie: a file, or a member of a tar."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,12 @@ class Reader:
 
 
 class BaseSource:
-    """What all sources of vlbench share; a reader adds ``__len__``, ``__getitem__``, ``ids`` and ``labels``."""
+    """What all sources of vlbench share; a reader adds ``__len__``, ``__getitem__``, ``ids`` and ``labels``.
+
+    One that knows where the bytes of its images lie also adds ``image_files`` and ``without_images``, as
+    ``readers.files.OfFiles`` does: then images whose digests are remembered are not read for them. The bytes there must
+    be those that ``__getitem__`` gives.
+    """
 
     def __init__(
         self,
@@ -76,6 +93,11 @@ class Subset(BaseSource):
         return self._source[self._indices[index]]
 
     @property
+    def whole(self) -> Source:
+        """What the entries were chosen from."""
+        return self._source
+
+    @property
     def regions_of(self) -> Callable[[int], tuple[Region, ...]]:
         """The source's ``regions_of``, which reads no image, for the chosen entries. AttributeError where it has none.
 
@@ -93,7 +115,7 @@ class Subset(BaseSource):
         return lambda index: look(self._indices[index])
 
     @property
-    def image_files(self) -> Callable[[int], Mapping[str, str]]:
+    def image_files(self) -> Callable[[int], Mapping[str, Place]]:
         """The source's ``image_files``, where it has them, for the chosen entries."""
         whole: Any = self._source
         look = whole.image_files

@@ -16,6 +16,7 @@ import numpy as np
 from vlbench.adapters.common.classification import IMAGE_DIGITS, levels
 from vlbench.core.errors import UserError
 from vlbench.core.types import Outcomes, Rows
+from vlbench.data.sources import without_images
 from vlbench.stats.ranked import average_precision, average_precision_11, macro, pseudo_values
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def multilabels_of(source: Any) -> np.ndarray:
         raise UserError(f"{source.spec} ({source.split}): has no lists of labels; this task needs several an image")
     rows, where = [], f"{source.spec} ({source.split})"
     for index in range(len(source)):
-        example = source[index]
+        example = without_images(source, index)
         found = np.asarray(example.extra.get("labels", ()))
         if found.shape != (len(source.classes),) or not np.isin(found, (-1, 0, 1)).all():
             raise UserError(f"{where}: {example.id}: its labels are not {len(source.classes)} numbers of -1, 0 and 1")

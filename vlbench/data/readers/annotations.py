@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from vlbench.core.errors import BadExample, UserError
 from vlbench.core.names import unknown
 from vlbench.core.types import Example
 from vlbench.data.images import read_file
-from vlbench.data.sources import BaseSource
+from vlbench.data.readers.files import OfFiles
 from vlbench.data.spec import DataSpec, local_path
 
 IMAGES_OPTION = {"images": "the folder of the images, where it is not beside the annotations"}
@@ -27,28 +26,17 @@ _TRIED = 20  # images of which one must be there for a folder to be the folder o
 _WORDS: Mapping[Any, str] = {str: "text", int: "a whole number", list: "a list", dict: "an object"}
 
 
-class AsksOfFiles(BaseSource):
+class AsksOfFiles(OfFiles):
     """A source whose images are files of their own, as a rule with several examples about each.
 
-    A reader adds ``without_images`` and ``image_files`` in the place of ``__getitem__``; whoever needs what is asked,
-    and no pixels, then reads no image (``data.sources.without_images``), and whoever digests images reads each once.
+    Where one cannot be read, the error says also who wanted it; whoever digests images reads each once.
     """
 
     unit = ""
     """What an id is called where its image cannot be read, and a space."""
 
-    def without_images(self, index: int) -> Example:
-        """The example, its images left out."""
-        raise NotImplementedError
-
-    def image_files(self, index: int) -> Mapping[str, str]:
-        """The files of its images: of ``image``, and of whatever key of ``extra`` holds another one."""
-        raise NotImplementedError
-
-    def __getitem__(self, index: int) -> Example:
-        example, files = self.without_images(index), self.image_files(index)
-        read = {part: image_of(file, f"{self.unit}{example.id}") for part, file in files.items()}
-        return replace(example, image=read.pop("image", None), extra={**example.extra, **read})
+    def _image_bytes(self, file: str, example: Example) -> bytes:
+        return image_of(file, f"{self.unit}{example.id}")
 
 
 def read_json(file: Path) -> Any:

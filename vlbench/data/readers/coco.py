@@ -28,10 +28,10 @@ import numpy as np
 from vlbench.core.errors import BadExample, UserError
 from vlbench.core.names import unknown
 from vlbench.core.types import Example, Part, Region
-from vlbench.data.images import read_file
 from vlbench.data.masks import BAD_BOX, BAD_MASK, box_problem, mask_problem
 from vlbench.data.readers.annotations import refuse_repeated, shown
-from vlbench.data.sources import BaseSource, Reader, canonical_split, split_table
+from vlbench.data.readers.files import OfFiles
+from vlbench.data.sources import Reader, canonical_split, split_table
 from vlbench.data.spec import DataSpec, local_path
 
 _FILE = re.compile(r"(instances|captions)_(.+)\.json")
@@ -39,7 +39,7 @@ _YEAR = re.compile(r"[_-]?\d{4}$")
 _OPTIONS = {"images": "the folder of the images, where it is not beside the annotations"}
 
 
-class CocoSource(BaseSource):
+class CocoSource(OfFiles):
     """The images of one split with their objects and captions.
 
     An annotation that is wrong, or of an image that the file does not list, is one more entry, which raises BadExample.
@@ -70,10 +70,9 @@ class CocoSource(BaseSource):
     def __len__(self) -> int:
         return len(self._ids)
 
-    def __getitem__(self, index: int) -> Example:
-        if index >= len(self._keys):
-            raise self._dangling[index - len(self._keys)]
-        key = self._keys[index]
+    def without_images(self, index: int) -> Example:
+        """What is annotated of an image. Raises BadExample for an annotation that is wrong."""
+        key = self._key(index)
         captions = tuple(self._captions.get(key, ()))
         extra: dict[str, Any] = {"file_name": self._images[key]}
         if self.classes is not None:
@@ -86,17 +85,18 @@ class CocoSource(BaseSource):
                 extra["height"], extra["width"] = self._sides[key]
         return Example(
             id=self._ids[index],
-            image=read_file(f"{self._folder}/{self._images[key]}"),
             texts={"en": captions} if captions else {},
             regions=tuple(self._region(item) for item in self._objects.get(key, ())),
             extra=extra,
         )
 
+    def image_files(self, index: int) -> Mapping[str, str]:
+        """The image. Raises BadExample as the entry does."""
+        return {"image": f"{self._folder}/{self._images[self._key(index)]}"}
+
     def regions_of(self, index: int) -> tuple[Region, ...]:
         """The regions of an entry, without reading its image. Raises BadExample as the entry does."""
-        if index >= len(self._keys):
-            raise self._dangling[index - len(self._keys)]
-        return tuple(self._region(item) for item in self._objects.get(self._keys[index], ()))
+        return tuple(self._region(item) for item in self._objects.get(self._key(index), ()))
 
     def ids(self) -> Sequence[str]:
         """Image ids of the annotation file, in their order."""
@@ -105,6 +105,11 @@ class CocoSource(BaseSource):
     def labels(self) -> Sequence[int | None] | None:
         """None: a COCO image has objects, not one label."""
         return None
+
+    def _key(self, index: int) -> Any:
+        if index >= len(self._keys):
+            raise self._dangling[index - len(self._keys)]
+        return self._keys[index]
 
     def _labels_of(self, key: Any) -> np.ndarray:
         """``labels_C`` int8: 1 for every category with an object in the image, a crowd included."""

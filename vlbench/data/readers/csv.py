@@ -8,14 +8,14 @@ from __future__ import annotations
 import codecs
 import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vlbench.core.errors import UserError
 from vlbench.core.names import unknown
 from vlbench.core.types import Example, Part
-from vlbench.data.images import read_file
-from vlbench.data.sources import BaseSource, Reader
+from vlbench.data.readers.files import OfFiles
+from vlbench.data.sources import Reader
 from vlbench.data.spec import DataSpec, local_path
 
 _SEPARATORS = {"tab": "\t", "comma": ",", "semicolon": ";", "space": " ", "pipe": "|"}
@@ -27,7 +27,7 @@ _OPTIONS = {
 }
 
 
-class CsvSource(BaseSource):
+class CsvSource(OfFiles):
     """The images that a table names. An id is the path as it is written there."""
 
     def __init__(self, spec: DataSpec, folder: Path, rows: Sequence[tuple[str, str, str]], *, labelled: bool) -> None:
@@ -53,10 +53,14 @@ class CsvSource(BaseSource):
     def __len__(self) -> int:
         return len(self._ids)
 
-    def __getitem__(self, index: int) -> Example:
+    def without_images(self, index: int) -> Example:
+        """What a table says of an image."""
         texts = self._texts[index]
-        data = read_file(os.path.join(self._folder, self._ids[index]))  # noqa: PTH118 - called for every sample
-        return Example(id=self._ids[index], image=data, texts={"en": texts} if texts else {}, label=self._labels[index])
+        return Example(id=self._ids[index], texts={"en": texts} if texts else {}, label=self._labels[index])
+
+    def image_files(self, index: int) -> Mapping[str, str]:
+        """The image."""
+        return {"image": os.path.join(self._folder, self._ids[index])}  # noqa: PTH118 - called for every sample
 
     def ids(self) -> Sequence[str]:
         """Image paths as written in the table."""

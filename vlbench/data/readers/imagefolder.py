@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vlbench.core.errors import UserError
 from vlbench.core.names import unknown
 from vlbench.core.types import Example
-from vlbench.data.images import IMAGE_EXTENSIONS, read_file
-from vlbench.data.sources import BaseSource, Reader, canonical_split, split_table
+from vlbench.data.images import IMAGE_EXTENSIONS
+from vlbench.data.readers.files import OfFiles
+from vlbench.data.sources import Reader, canonical_split, split_table
 from vlbench.data.spec import DataSpec, local_path
 
 _SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 _STANDARD = ("train", "val", "test")
 
 
-class ImageFolderSource(BaseSource):
+class ImageFolderSource(OfFiles):
     """Images under class folders. An id is the path below the split's folder, so that moving the folder keeps it."""
 
     def __init__(self, spec: DataSpec, split: str | None, folder: Path, classes: Sequence[str]) -> None:
@@ -33,10 +34,13 @@ class ImageFolderSource(BaseSource):
     def __len__(self) -> int:
         return len(self._ids)
 
-    def __getitem__(self, index: int) -> Example:
-        name = self._ids[index]
-        data = read_file(f"{self._folder}/{name}")
-        return Example(id=name, image=data, label=self._labels[index])
+    def without_images(self, index: int) -> Example:
+        """A path and its class."""
+        return Example(id=self._ids[index], label=self._labels[index])
+
+    def image_files(self, index: int) -> Mapping[str, str]:
+        """The image."""
+        return {"image": f"{self._folder}/{self._ids[index]}"}
 
     def ids(self) -> Sequence[str]:
         """Paths below the split's folder."""

@@ -12,7 +12,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from typing import Any
 from vlbench.core.errors import UserError
 from vlbench.core.names import unknown
 from vlbench.core.types import Example
-from vlbench.data.images import read_file
-from vlbench.data.sources import BaseSource, Reader, split_table
+from vlbench.data.readers.files import OfFiles
+from vlbench.data.sources import Reader, split_table
 from vlbench.data.spec import DataSpec, local_path
 
 _OPTIONS = {
@@ -47,7 +47,7 @@ class _Entry:
     """``cocoid`` or ``imgid``, where there is one."""
 
 
-class KarpathySource(BaseSource):
+class KarpathySource(OfFiles):
     """The images of one split, each with its captions. An id is the image's file name."""
 
     def __init__(self, spec: DataSpec, split: str, entries: Sequence[_Entry], paths: Sequence[str]) -> None:
@@ -58,14 +58,18 @@ class KarpathySource(BaseSource):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __getitem__(self, index: int) -> Example:
+    def without_images(self, index: int) -> Example:
+        """A file name and its captions."""
         entry = self._entries[index]
         return Example(
             id=entry.filename,
-            image=read_file(self._paths[index]),
             texts={"en": entry.captions},
             extra={} if entry.number is None else {"number": entry.number},
         )
+
+    def image_files(self, index: int) -> Mapping[str, str]:
+        """The image."""
+        return {"image": self._paths[index]}
 
     def ids(self) -> Sequence[str]:
         """File names, in the order of the JSON."""

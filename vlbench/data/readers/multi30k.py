@@ -16,8 +16,8 @@ from pathlib import Path
 from vlbench.core.errors import UserError
 from vlbench.core.names import unknown
 from vlbench.core.types import Example, Part
-from vlbench.data.images import read_file
-from vlbench.data.sources import BaseSource, Reader, split_table
+from vlbench.data.readers.files import OfFiles
+from vlbench.data.sources import Reader, split_table
 from vlbench.data.spec import DataSpec, local_path
 
 _OPTIONS = {"images": "the folder of the images (Flickr30k's), where it is not beside the texts"}
@@ -30,7 +30,7 @@ _STANDARD = {"test_2016_flickr": "test", "test_2016": "test"}
 """The 2016 test set is what "Multi30k test" means; the later ones keep their names."""
 
 
-class Multi30kSource(BaseSource):
+class Multi30kSource(OfFiles):
     """One split. An id is the image's name in the split's list."""
 
     def __init__(
@@ -50,14 +50,15 @@ class Multi30kSource(BaseSource):
     def __len__(self) -> int:
         return len(self._names)
 
-    def __getitem__(self, index: int) -> Example:
-        name = self._names[index]
-        file = name.partition("#")[0]  # the COCO test set of 2017 names caption and image
-        return Example(
-            id=name,
-            image=read_file(f"{self._images}/{file}") if self._images is not None else None,
-            texts={language: captions[index] for language, captions in self._texts.items()},
-        )
+    def without_images(self, index: int) -> Example:
+        """A name and its captions by language."""
+        texts = {language: captions[index] for language, captions in self._texts.items()}
+        return Example(id=self._names[index], texts=texts)
+
+    def image_files(self, index: int) -> Mapping[str, str]:
+        """The image, where there are images."""
+        file = self._names[index].partition("#")[0]  # the COCO test set of 2017 names caption and image
+        return {} if self._images is None else {"image": f"{self._images}/{file}"}
 
     def ids(self) -> Sequence[str]:
         """The lines of the split's list."""

@@ -26,6 +26,7 @@ from vlbench.data.digests import Content, example_digest
 from vlbench.data.images import decode, read_file
 from vlbench.data.readers.annotations import read_json
 from vlbench.data.readers.imagefolder import images_under
+from vlbench.data.remembered import RememberedDigests
 from vlbench.data.sources import BaseSource, Reader
 from vlbench.data.spec import DataSpec, local_path
 
@@ -59,7 +60,8 @@ class ObjectNetSource(BaseSource):
         return len(self._ids)
 
     def __getitem__(self, index: int) -> Example:
-        image = decode(self._raw(index), where=f"{self._folder}/{self._ids[index]}")
+        file = self._file(index)
+        image = decode(read_file(file), where=file)
         cut = image.crop((FRAME, FRAME, image.width - FRAME, image.height - FRAME))
         buffer = io.BytesIO()
         cut.save(buffer, "BMP")  # encoded at once, and nothing is lost
@@ -78,13 +80,20 @@ class ObjectNetSource(BaseSource):
         # Of the files with their frames: to cut fifty thousand large images only to name them would take an hour.
         assert self.classes is not None, "ObjectNet has classes"
         images, examples = [], []
-        for index, name in enumerate(self._ids):
-            images.append(digest(f"without a frame of {FRAME} pixels\0".encode() + self._raw(index)))
-            examples.append(example_digest(Example(id=name, label=self._labels[index]), self.classes, image=images[-1]))
+        with RememberedDigests(self) as remembered:
+            for index, name in enumerate(self._ids):
+                known = remembered.look(self._file(index))
+                image = known.digest or remembered.learn(known, _digest_of_framed(read_file(self._file(index))))
+                images.append(image)
+                examples.append(example_digest(Example(id=name, label=self._labels[index]), self.classes, image=image))
         return Content(tuple(images), tuple(examples))
 
-    def _raw(self, index: int) -> bytes:
-        return read_file(f"{self._folder}/{self._ids[index]}")
+    def _file(self, index: int) -> str:
+        return f"{self._folder}/{self._ids[index]}"
+
+
+def _digest_of_framed(data: bytes) -> str:
+    return digest(f"without a frame of {FRAME} pixels\0".encode() + data)
 
 
 def _open(spec: DataSpec, split: str | None) -> ObjectNetSource:

@@ -16,8 +16,8 @@ import numpy as np
 from vlbench.core.errors import UserError
 from vlbench.core.names import unknown
 from vlbench.core.types import Example
-from vlbench.data.images import read_file
-from vlbench.data.sources import BaseSource, Reader, standard_order
+from vlbench.data.readers.files import OfFiles
+from vlbench.data.sources import Reader, standard_order
 from vlbench.data.spec import DataSpec, local_path
 
 _FILE = re.compile(r"(.+)_(train|val|trainval|test)\.txt")
@@ -25,7 +25,7 @@ _VALUES = {"1": 1, "-1": 0, "0": -1}
 _INNER = ("", "VOC2007", "VOCdevkit/VOC2007")
 
 
-class VocSource(BaseSource):
+class VocSource(OfFiles):
     """The images of one split with one truth a class. An id is VOC's own (``000005``)."""
 
     def __init__(self, spec: DataSpec, split: str, root: Path, files: Mapping[str, Path]) -> None:
@@ -43,10 +43,13 @@ class VocSource(BaseSource):
     def __len__(self) -> int:
         return len(self._ids)
 
-    def __getitem__(self, index: int) -> Example:
-        name = self._ids[index]
-        image = read_file(f"{self._images}/{name}.jpg")
-        return Example(id=name, image=image, extra={"labels": self._labels_NC[index].copy()})
+    def without_images(self, index: int) -> Example:
+        """A number and a truth for every class."""
+        return Example(id=self._ids[index], extra={"labels": self._labels_NC[index].copy()})
+
+    def image_files(self, index: int) -> Mapping[str, str]:
+        """The image."""
+        return {"image": f"{self._images}/{self._ids[index]}.jpg"}
 
     def ids(self) -> Sequence[str]:
         """VOC's image numbers, sorted."""

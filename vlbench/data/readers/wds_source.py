@@ -15,7 +15,7 @@ from vlbench.core.errors import BadExample, UserError
 from vlbench.core.types import Example, Part, Region
 from vlbench.data.images import IMAGE_EXTENSIONS, not_empty
 from vlbench.data.readers.tarindex import TarIndex, read_members
-from vlbench.data.sources import BaseSource
+from vlbench.data.sources import BaseSource, Member
 from vlbench.data.spec import DataSpec
 
 _READ = ("cls", "json", "txt")
@@ -56,21 +56,18 @@ class WdsSource(BaseSource):
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, index: int) -> Example:
-        tar, row = self._find(index)
-        if row == len(tar):
-            raise BadExample("truncated tar", tar.path, tar.damage)
-        where = f"{tar.path}/{tar.keys[row]}"
+        return self._example(index, with_image=True)
+
+    def without_images(self, index: int) -> Example:
+        """What the other members of a sample say."""
+        return self._example(index, with_image=False)
+
+    def image_files(self, index: int) -> Mapping[str, Member]:
+        """Where in its tar the image lies, if there is one."""
+        tar, row = self._row(index)
         members = tar.members(row)
-        image = next((ext for ext in IMAGE_EXTENSIONS if ext in members), None)
-        data = read_members(
-            tar.path, {ext: place for ext, place in members.items() if ext in self._read or ext == image}
-        )
-        return Example(
-            id=self._ids[index],
-            image=not_empty(data[image], where=where) if image is not None else None,
-            label=self._label(data, where),
-            **self._annotations(data, where),
-        )
+        image = _image_among(members)
+        return {} if image is None else {"image": Member(tar.path, *members[image])}
 
     def ids(self) -> Sequence[str]:
         """The samples' keys; with the shard's name before them where a key occurs in two shards."""
@@ -126,6 +123,28 @@ class WdsSource(BaseSource):
         before = int(self._ends[which - 1]) if which else 0
         return self._indices[which], index - before
 
+    def _row(self, index: int) -> tuple[TarIndex, int]:
+        """As ``_find``. Raises BadExample for the end of a damaged tar."""
+        tar, row = self._find(index)
+        if row == len(tar):
+            raise BadExample("truncated tar", tar.path, tar.damage)
+        return tar, row
+
+    def _example(self, index: int, *, with_image: bool) -> Example:
+        tar, row = self._row(index)
+        where = f"{tar.path}/{tar.keys[row]}"
+        members = tar.members(row)
+        image = _image_among(members) if with_image else None
+        data = read_members(
+            tar.path, {ext: place for ext, place in members.items() if ext in self._read or ext == image}
+        )
+        return Example(
+            id=self._ids[index],
+            image=not_empty(data[image], where=where) if image is not None else None,
+            label=self._label(data, where),
+            **self._annotations(data, where),
+        )
+
     def _quiet_label(self, index: int) -> int | None:
         tar, row = self._find(index)
         try:
@@ -170,6 +189,11 @@ class WdsSource(BaseSource):
                     if members:
                         return len(_multilabel(read_members(tar.path, members)["npy"], tar.path, None))
         return 0
+
+
+def _image_among(members: Mapping[str, tuple[int, int]]) -> str | None:
+    """The extension of the image that is read."""
+    return next((extension for extension in IMAGE_EXTENSIONS if extension in members), None)
 
 
 def _json(data: bytes, where: str) -> dict[str, Any]:
