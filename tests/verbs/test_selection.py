@@ -62,7 +62,7 @@ def test_texts_without_their_images_are_no_task_s_data(tmp_path: Path) -> None:
     write_files(tmp_path / "coco", {"dataset_coco.json": json.dumps({"images": [entry]})})
     for name in ("retrieval/multi30k_de", "retrieval/coco5k"):
         assert find_data(task_cards()[name], tmp_path) is None
-        with pytest.raises(UserError, match=f"task {name}: no data under .*to get it: "):
+        with pytest.raises(UserError, match=f"task {name}: no data under .*images, say, are missing; to get it: "):
             select(name, data=(), root=tmp_path)
     write_files(tmp_path, {"flickr30k/flickr30k-images/1.png": png(), "coco/val2014/1.png": png()})
     assert find_data(task_cards()["retrieval/multi30k_de"], tmp_path) == f"multi30k:{tmp_path}/multi30k"
@@ -111,6 +111,20 @@ def test_the_layout_that_is_there_is_found_not_another_of_its_name(tmp_path: Pat
     assert find_data(card, tmp_path / "a") == f"imagefolder:{tmp_path}/a/cifar10"
     write_files(tmp_path / "b/cifar10", {"plain_text/train-00000-of-00001.parquet": b"PAR1"})
     assert find_data(card, tmp_path / "b") == f"hf:{tmp_path}/b/cifar10"
+
+
+def test_training_images_alone_do_not_stand_in_the_way_of_the_whole_set(tmp_path: Path) -> None:
+    card = dataset_cards()["cifar10"]
+    write_files(tmp_path / "cifar10", {"plain_text/train-00000-of-00001.parquet": b"PAR1"})
+    assert find_data(card, tmp_path) == f"hf:{tmp_path}/cifar10", "all that is there"
+    _shards(tmp_path, "wds_vtab-cifar10")
+    assert find_data(card, tmp_path) == f"wds:{tmp_path}/wds_vtab-cifar10"
+
+
+def test_why_nothing_runs_is_one_reason_not_a_page_of_them(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^nothing to run: retrieval/.* and \d+ more such tasks") as error:
+        select("align", data=(), root=tmp_path)
+    assert len(str(error.value)) < 700
 
 
 def test_imagenet_s_folder_and_vocdevkit_are_found(tmp_path: Path) -> None:

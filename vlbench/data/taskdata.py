@@ -118,6 +118,11 @@ class TaskData:
         return (*self._notes, _NUMBERED)
 
     @property
+    def drawn(self) -> bool:
+        """Whether the test images are drawn from data that have no split for them."""
+        return (self._tested if self._training is not None else self)._plan.get("test", UNSPLIT) is None
+
+    @property
     def classnames(self) -> tuple[str, ...]:
         """Class names by label. Raises UserError for data without labels."""
         own = self._reported().classes

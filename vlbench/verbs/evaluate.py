@@ -160,6 +160,9 @@ def prepare(choice: Choice, session: Session) -> Job:
     for split in adapter.splits:
         if split not in OPTIONAL_SPLITS and not data.has(split):
             raise Unsuitable(f"{choice.spec} has no {split!r} split")
+    if data.drawn and card.expected_sizes.keys() - {"train"}:
+        # A shipped card's number is of the published test images; of some others it would be another number.
+        raise Unsuitable(f"{choice.spec} has training images alone, and the card's are its test images")
     splits = [split for split in adapter.splits if data.has(split)]
     session.crew.go_to(_place(choice, splits))
     reported = data.split(splits[-1])

@@ -79,8 +79,16 @@ def select(names: str | Sequence[str], *, data: Sequence[str], root: Path) -> Se
             elif item.card.name not in choices or item.named:
                 choices[item.card.name] = item
     if not choices:
-        raise UserError("nothing to run: " + "; ".join(f"{skip.task}: {skip.reason}" for skip in skipped.values()))
+        raise UserError(_nothing(list(skipped.values())))
     return Selection(tuple(choices.values()), tuple(skip for name, skip in skipped.items() if name not in choices))
+
+
+def _nothing(skipped: Sequence[Skip]) -> str:
+    """Why nothing can be run: of many tasks the first one's reason, which is as a rule that of all."""
+    first = f"nothing to run: {skipped[0].task}: {skipped[0].reason}"
+    if len(skipped) == 1:
+        return first
+    return f"{first}; and {len(skipped) - 1} more such tasks (`vlbench list tasks` says which data are there)"
 
 
 def is_meant(task: str, names: str | Sequence[str], *, data: Sequence[str]) -> bool:
@@ -104,7 +112,7 @@ def find_data(card: TaskCard | DatasetCard, root: Path) -> str | None:
     if isinstance(card, TaskCard):
         choice = _choose(card, root, named=False)
         return choice.spec if choice is not None else None
-    place = _find(card.data, root)
+    place = _find(card, root)
     return place[0] if place else None
 
 
@@ -163,7 +171,7 @@ def _shipped(word: str, root: Path) -> Iterable[Choice | Skip]:
 
 def _choose(card: TaskCard, root: Path, *, named: bool) -> Choice | None:
     """The card on the first of its data that is on this machine."""
-    place, train = _find(card.data, root), _training_data(card, root)
+    place, train = _find(card, root), _training_data(card, root)
     if place is None or (card.train_from is not None and train is None):
         return None
     return Choice(card, *place, named=named, train=train)
@@ -174,23 +182,48 @@ def _training_data(card: TaskCard, root: Path) -> str | None:
     return find_data(dataset_cards()[card.train_from], root) if card.train_from is not None else None
 
 
-def _find(data: Iterable[str], root: Path) -> tuple[str, str] | None:
-    """The first of some data specs whose data are there: with its place, and as it was written."""
-    from vlbench.data.sources import is_present
+def _find(card: TaskCard | DatasetCard, root: Path) -> tuple[str, str] | None:
+    """The first of a card's data that are there: with its place, and as it was written.
+
+    Where several are, the first that has the split which is reported: training images alone, say, that were downloaded
+    before, do not stand in the way of the whole set beside them.
+    """
+    found = [place for place in _places(card, root) if _is_there(place[0])]
+    if len(found) < 2:  # no split is looked up in vain: `vlbench list tasks` asks for every card
+        return found[0] if found else None
+    return next((place for place in found if _has_reported(place[0], card.splits.get("test", "test"))), found[0])
+
+
+def _places(card: TaskCard | DatasetCard, root: Path) -> Iterable[tuple[str, str]]:
+    """Where under ``root`` something lies that may be the card's data, and how the card has it."""
     from vlbench.data.spec import local_path, parse_spec, rebase
 
-    for text in data:
+    for text in card.data:
         spec = rebase(text, root)
         if spec.startswith("hf:") and spec == text:
             continue  # not under the root; a hub data set that happens to have this name is not what the card means
         parsed = parse_spec(spec)
         # What plainly is not there is settled before its reader is imported: `vlbench list tasks` asks for every card.
-        if parsed.kind != "shapes" and "{" not in parsed.path and not local_path(parsed).exists():
-            continue
-        # The embedded world is made on first use.
-        if parsed.kind == "shapes" or is_present(parsed):
-            return spec, text
-    return None
+        if parsed.kind == "shapes" or "{" in parsed.path or local_path(parsed).exists():
+            yield spec, text
+
+
+def _is_there(spec: str) -> bool:
+    from vlbench.data.sources import is_present
+
+    return spec.partition(":")[0] == "shapes" or is_present(spec)  # the embedded world is made on first use
+
+
+def _has_reported(spec: str, split: str) -> bool:
+    """Whether the data have the split that a task reports; ``val`` stands in for a missing ``test``."""
+    from vlbench.data.sources import UNSPLIT, canonical_split, list_splits
+
+    try:
+        present = list_splits(spec)
+    except UserError:
+        return False
+    wanted = canonical_split(split)
+    return wanted == UNSPLIT or wanted in present or (wanted == "test" and "val" in present)
 
 
 def _own(word: str, data: Sequence[str], root: Path) -> Iterable[Choice]:
@@ -222,11 +255,13 @@ def _own(word: str, data: Sequence[str], root: Path) -> Iterable[Choice]:
 
 
 def _absent(card: TaskCard | DatasetCard, root: Path) -> str:
-    if isinstance(card, TaskCard) and card.train_from is not None and _find(card.data, root):
+    if isinstance(card, TaskCard) and card.train_from is not None and _find(card, root):
         return f"it learns from {card.train_from}: {_absent(dataset_cards()[card.train_from], root)}"
     paths = ", ".join(card.data[:_SHOWN]) + (f" and {len(card.data) - _SHOWN} more" if len(card.data) > _SHOWN else "")
     how = f"; to get it: {card.how_to_get}" if card.how_to_get else ""
-    return f"no data under {root} (looked for {paths}){how}; or name the folder with --data-root"
+    near = next((place for place, _ in _places(card, root)), None)
+    lies = f"; what lies at {near} is not the whole of it: its images, say, are missing" if near else ""
+    return f"no data under {root} (looked for {paths}){lies}{how}; or name the folder with --data-root"
 
 
 def _folder_name(spec: str) -> str:
