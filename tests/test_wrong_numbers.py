@@ -10,6 +10,7 @@ import json
 import os
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,15 +89,17 @@ def noisy(image: bytes, width: int = 24, signal: float = 1.0) -> np.ndarray:
 
 def test_1_features_of_one_split_are_never_taken_for_those_of_another(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "colours", {"train": 20, "val": 8, "test": 8})
-    with_val = measure(tmp_path, "linear", f"imagefolder:{folder}")["linear/colours"]
-    for image in (folder / "val").rglob("*.png"):
-        image.unlink()
-    for split in ("val",):
-        for name in NAMES:
-            (folder / split / name).rmdir()
-        (folder / split).rmdir()
-    without = measure(tmp_path, "linear", f"imagefolder:{folder}", force=True)["linear/colours"]
-    assert with_val.data.fingerprint != without.data.fingerprint
+    for name in NAMES:  # the same file names in every split, and other pictures behind them: test's classes are rotated
+        (folder / "test" / name).rename(folder / "test" / f"_{name}")
+    for name, other in zip(NAMES, (*NAMES[1:], NAMES[0])):
+        (folder / "test" / f"_{name}").rename(folder / "test" / other)
+    on_test = measure(tmp_path, "knn", f"imagefolder:{folder}")["knn/colours"]
+    (folder / "test").rename(folder / "was-test")
+    on_val = measure(tmp_path, "knn", f"imagefolder:{folder}", force=True)["knn/colours"]
+    fresh = measure(tmp_path, "knn", f"imagefolder:{folder}", force=True, no_store=True)["knn/colours"]
+    assert on_val.images_per_second is not None, "val's own images were encoded"
+    assert on_val.estimates == fresh.estimates
+    assert on_test.estimates["acc1"].value < 0.2 < 0.9 < on_val.estimates["acc1"].value
 
 
 def test_1_other_images_under_the_old_names_are_encoded_anew(tmp_path: Path) -> None:
@@ -192,6 +195,31 @@ def test_4_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
         load_backbone("timm:test_resnet", weights=str(tmp_path / "other.pt"))
 
 
+def test_4_weights_named_beside_a_folder_are_used_not_the_folders_own(tmp_path: Path) -> None:
+    """The very case: a ``local-dir:`` model had ignored ``--pretrained`` and recorded its path."""
+    import open_clip
+    import torch
+
+    from vlbench.models.load import load_backbone
+
+    tower = {"layers": 1, "width": 16}
+    config: dict[str, Any] = {
+        "embed_dim": 8,
+        "vision_cfg": {**tower, "image_size": 16, "head_width": 8, "patch_size": 8},
+        "text_cfg": {**tower, "context_length": 8, "vocab_size": 49408, "heads": 2},
+    }
+    folder, file = tmp_path / "mine", tmp_path / "other.pt"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    own, other = open_clip.CLIP(**config), open_clip.CLIP(**config).eval()
+    torch.save(own.state_dict(), folder / "open_clip_pytorch_model.bin")
+    torch.save(other.state_dict(), file)
+    loaded = load_backbone(f"open_clip:local-dir:{folder}", weights=str(file))
+    images_BCHW = torch.randn(2, 3, 16, 16)
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded.encode_image(images_BCHW).embed_BE, other.encode_image(images_BCHW))
+
+
 # 5. A language that the data did not have was ignored, and written into the result.
 
 
@@ -211,6 +239,15 @@ def test_5_a_language_is_used_or_refused(tmp_path: Path) -> None:
     assert retrieval.build_gallery(source, digests, "de").captions[0] == "ein Ding 0"
     with pytest.raises(UserError, match="no caption in language 'jp'"):
         retrieval.build_gallery(source, digests, "jp")
+
+
+def test_5_zeroshot_has_no_language_that_it_could_ignore(tmp_path: Path, capsys) -> None:
+    folder = write_folder(tmp_path / "colours", {"train": 2, "test": 2})
+    words = ["--tasks", "zeroshot", "--data", f"imagefolder:{folder}", "--set", "language=de", "--device", "cpu"]
+    results = tmp_path / "results"
+    assert main(["eval", "--model", "tests.verbs.toy_backbone:build", *words, "--results", str(results)]) != 0
+    assert "unknown key 'language'" in capsys.readouterr().err
+    assert not list(results.rglob("*.json"))
 
 
 # 6. Coarse features tie: accuracy by topk and recall by argmax then disagreed on a balanced set.
@@ -291,6 +328,12 @@ def test_10_only_a_line_feed_ends_a_caption(tmp_path: Path, inside: str) -> None
     assert open_source(f"wds:{folder}", "test")[0].texts["en"] == (f"a red{inside}thing", "a second one")
 
 
+def test_10_a_line_feed_that_was_escaped_in_a_caption_is_read_back(tmp_path: Path) -> None:
+    sample = {"png": picture((1, 0, 0), np.random.default_rng(0)), "txt": rb"a red\nthing" + b"\na second one"}
+    folder = write_wds(tmp_path / "captioned", "test", [sample], dataset_type="retrieval\n")
+    assert open_source(f"wds:{folder}", "test")[0].texts["en"] == ("a red\nthing", "a second one")
+
+
 # 11. After the work came the crash: a slash in a model's name, fewer shards than workers, half precision in the probe.
 
 
@@ -311,6 +354,18 @@ def test_11_more_workers_than_shards(tmp_path: Path) -> None:
     folder = write_wds(tmp_path / "one-shard", "test", samples, classnames="\n".join(NAMES) + "\n")
     found = measure(tmp_path, "zeroshot", f"wds:{folder}", workers=4)
     assert found["zeroshot/one-shard"].estimates["acc1"].n == 9
+
+
+def test_11_all_kinds_asked_of_a_retrieval_set(tmp_path: Path, capsys) -> None:
+    rng = np.random.default_rng(0)
+    captioned = [
+        {"png": picture(rgb, rng), "txt": f"a {name} thing\nit is {name}".encode()}
+        for name, rgb in toy_backbone.COLOURS.items()
+    ]
+    folder = write_wds(tmp_path / "captioned", "test", captioned, dataset_type="retrieval\n")
+    found = measure(tmp_path, "zeroshot,linear,knn,retrieval", f"wds:{folder}")
+    assert set(found) == {"retrieval/captioned"}
+    assert "skipped zeroshot/captioned" in capsys.readouterr().out
 
 
 def test_11_a_probe_in_bfloat16_finishes(tmp_path: Path) -> None:

@@ -172,7 +172,8 @@ class WdsSource(BaseSource):
         if not texts and "txt" in data:
             text = _decode(data["txt"], where)
             # Only "\n" ends a caption: str.splitlines would also cut at U+2028 and make two captions of one.
-            lines = text.split("\n") if self._kind == "retrieval" else [text]
+            # CLIP_benchmark writes a line feed within a caption as a backslash and an n, and never reads it back.
+            lines = [line.replace("\\n", "\n") for line in text.split("\n")] if self._kind == "retrieval" else [text]
             texts = _by_language("en", lines)
         if not texts and isinstance(record.get("caption"), str):
             texts = _by_language("en", [record["caption"]])
