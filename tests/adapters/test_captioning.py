@@ -210,10 +210,13 @@ def test_copies_of_an_image_are_one_row_with_all_references() -> None:
     data = data_of()
     source = data.split("test")
     source.images[4] = source.images[1]
+    ids = source.ids()
     rows, estimates = measured(GENERATED, data)
     assert len(rows) == 4
     assert rows["references"][1] == REFERENCES[1] + REFERENCES[4]
-    assert rows.meta["notes"] == ["1 entries repeat an image byte for byte and were joined to it"]
+    assert rows.meta["notes"] == [
+        f"1 entry repeats an earlier image byte for byte and joined it: {ids[4]} (of {ids[1]})"
+    ]
     assert estimates["cider"].n_clusters == 4
 
 

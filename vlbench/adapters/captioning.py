@@ -17,6 +17,7 @@ from pydantic import Field
 
 from vlbench.adapters.common.caption_scores import bleu, bleu_counts, cider, words
 from vlbench.adapters.common.classification import IMAGE_DIGITS, estimates
+from vlbench.adapters.common.copies import copies_note
 from vlbench.core.config import Config as BaseConfig
 from vlbench.core.errors import UserError
 from vlbench.core.types import Estimate, Outcomes, Part, Provides, Rows
@@ -68,12 +69,11 @@ class Captioning:
             "caption": [captions[row["index"]] for row in rows.values()],
             "references": references,
         }
-        notes = [f"{len(digests) - len(rows)} entries repeat an image byte for byte and were joined to it"]
         meta = {
             "language": config.language,
             "chance": chance,
             "distinct_captions": len(set(columns["caption"])),
-            "notes": notes if len(digests) > len(rows) else [],
+            "notes": copies_note(source.ids(), digests),
         }
         return Rows(columns, meta)
 

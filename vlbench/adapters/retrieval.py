@@ -23,6 +23,7 @@ import numpy as np
 from pydantic import Field
 
 from vlbench.adapters.common.classification import IMAGE_DIGITS, estimates
+from vlbench.adapters.common.copies import copies_note
 from vlbench.adapters.common.exact_ranks import ranks
 from vlbench.core.config import Config as BaseConfig
 from vlbench.core.errors import UserError
@@ -91,7 +92,7 @@ class Retrieval:
             "captions": n_texts,
             "language": config.language,
             "chance": _chance(gallery, config.k),
-            "notes": _notes(gallery, len(source)),
+            "notes": [*_shared_captions(gallery), *copies_note(source.ids(), features.digests)],
         }
         return Rows(columns, meta)
 
@@ -171,19 +172,16 @@ def _chance(gallery: Gallery, ks: tuple[int, ...]) -> dict[str, float]:
     return chance | {"mean_recall": float(np.mean(list(chance.values())))}
 
 
-def _notes(gallery: Gallery, n_entries: int) -> list[str]:
+def _shared_captions(gallery: Gallery) -> list[str]:
     owner_of: dict[str, int] = {}
     shared: set[str] = set()
     for caption, owner in zip(gallery.captions, gallery.owner_M.tolist()):
         if owner_of.setdefault(caption, owner) != owner:
             shared.add(caption)
-    notes = []
-    if shared:
-        count = sum(caption in shared for caption in gallery.captions)
-        notes.append(f"{count} of {len(gallery.captions)} captions also belong, word for word, to another image")
-    if n_entries > len(gallery.images):
-        notes.append(f"{n_entries - len(gallery.images)} entries repeat an image byte for byte and were joined to it")
-    return notes
+    count = sum(caption in shared for caption in gallery.captions)
+    return (
+        [f"{count} of {len(gallery.captions)} captions also belong, word for word, to another image"] if count else []
+    )
 
 
 ADAPTER = Retrieval()
