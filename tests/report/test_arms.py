@@ -6,7 +6,7 @@ import numpy as np
 
 from tests.report.toy import N, Toy
 from vlbench.core.types import Outcomes
-from vlbench.report.arms import Arm, arms_page, mean_outcomes
+from vlbench.report.arms import Arm, Wanted, arms_page, mean_outcomes
 from vlbench.report.page import markdown
 from vlbench.stats.intervals import estimate
 
@@ -49,6 +49,26 @@ def test_the_interval_of_equal_seeds_is_that_of_one() -> None:
     joined = estimate(mean)
     assert joined.value == one.value
     assert abs((joined.hi - joined.lo) - (one.hi - one.lo)) < 0.01
+
+
+def test_metrics_beside_the_headline_have_columns_and_chances_of_their_own() -> None:
+    toy = Toy()
+    toy.add("b-s0", "knn/cifar10", right=200)
+    for seed, right in enumerate((100, 300)):
+        one = toy.add(f"a-s{seed}", right=right)
+        toy.outcomes_of(one)["acc5"] = toy.outcomes_of(one)["acc1"]  # a dict of the toy's own
+        one.estimates["acc5"] = one.estimates["acc1"].model_copy(update={"value": 0.9 + 0.02 * seed})
+    wanted = Wanted({"linear/cifar10": ("acc5", "acc1")}, lambda result, metric: {"acc1": 0.1, "acc5": 0.5}[metric])
+    arms = (Arm("a", ("a-s0", "a-s1")), Arm("b", ("b-s0",)))
+    text = markdown(arms_page("t", arms, toy.results, toy.outcomes_of, wanted=wanted))
+    rows = {line.strip("| ").split("|")[0].strip(): line for line in text.split("\n") if line.startswith("| ")}
+    titles = [cell.strip() for cell in rows["Arm"].strip("| ").split("|")]
+    assert titles == ["Arm", "knn/cifar10: acc1", "linear/cifar10: acc1", "linear/cifar10: acc5"]
+    cells_a = [cell.strip() for cell in rows["a"].strip("| ").split("|")]
+    assert cells_a[1] == "–"
+    assert cells_a[2].startswith("50.0 ± 35.4 [")
+    assert cells_a[3].startswith("91.0 ± 1.4 [")
+    assert [cell.strip() for cell in rows["*chance*"].strip("| ").split("|")][1:] == ["10.0", "10.0", "50.0"]
 
 
 def test_one_seed_missing_seeds_and_missing_tasks_are_said() -> None:

@@ -9,8 +9,9 @@ seeds share their test examples, so more seeds make this interval no shorter tha
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import numpy as np
 
@@ -36,8 +37,35 @@ class Arm:
     """Their names in the result store, a seed each."""
 
 
+ChanceOf: TypeAlias = Callable[[Result, str], float | None]
+"""What guessing would reach in one metric of a result, where that is known."""
+
+
+def _headline_chance(result: Result, metric: str) -> float | None:
+    return result.chance if metric == result.metric else None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which metrics beside each task's headline a table shows, and how their chance level is known."""
+
+    metrics: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Task → further metrics, in the order of their columns."""
+    chance_of: ChanceOf = _headline_chance
+
+    def of(self, result: Result) -> list[str]:
+        """The headline, then the others."""
+        return list(dict.fromkeys([result.metric, *self.metrics.get(result.task, ())]))
+
+
 def arms_page(
-    title: str, arms: Sequence[Arm], results: Sequence[Result], outcomes_of: OutcomesOf, *, notes: Sequence[str] = ()
+    title: str,
+    arms: Sequence[Arm],
+    results: Sequence[Result],
+    outcomes_of: OutcomesOf,
+    *,
+    notes: Sequence[str] = (),
+    wanted: Wanted | None = None,
 ) -> list[Block]:
     """The study as a page.
 
@@ -47,18 +75,26 @@ def arms_page(
         results: what is stored of their models; results of other models are left alone.
         outcomes_of: per-example outcomes of a result.
         notes: what else there is to say, under the table.
+        wanted: metrics beside the headlines; none by default.
     """
+    wanted = wanted or Wanted()
     names = {name for arm in arms for name in arm.models}
-    by_protocol: dict[Protocol, dict[str, Result]] = {}
+    by_protocol: dict[tuple[Protocol, int], dict[str, Result]] = {}
     for result in results:
         if result.model.name in names:
-            by_protocol.setdefault(Protocol.of(result), {})[result.model.name] = result
-    columns = [(protocol, by_protocol[protocol]) for protocol in sorted(by_protocol)]
+            for place in range(len(wanted.of(result))):
+                whole = replace(Protocol.of(result), metric="")  # a task's columns stand together, its headline first
+                by_protocol.setdefault((whole, place), {})[result.model.name] = result
+    columns = []
+    for whole, place in sorted(by_protocol):
+        column = by_protocol[whole, place]
+        metric = wanted.of(next(iter(column.values())))[place]
+        columns.append((replace(whole, metric=metric), column))
     rows = []
     for arm in arms:
-        cells = [_cell(arm, column, outcomes_of) for _, column in columns]
+        cells = [_cell(arm, column, protocol.metric, outcomes_of) for protocol, column in columns]
         rows.append((arm.name, *cells))
-    chances = tuple(_chance(column) for _, column in columns)
+    chances = tuple(_chance(column, protocol.metric, wanted.chance_of) for protocol, column in columns)
     header = ("Arm", *_titles([protocol for protocol, _ in columns]))
     counted = _counted(arms)
     return [
@@ -87,12 +123,12 @@ def mean_outcomes(outcomes: Sequence[Outcomes]) -> Outcomes | None:
     return replace(first, values=values, binary=first.binary and len(outcomes) == 1)
 
 
-def _cell(arm: Arm, column: Mapping[str, Result], outcomes_of: OutcomesOf) -> str:
-    results = [column[name] for name in arm.models if name in column]
+def _cell(arm: Arm, column: Mapping[str, Result], metric: str, outcomes_of: OutcomesOf) -> str:
+    results = [column[name] for name in arm.models if name in column and metric in column[name].estimates]
     if not results:
         return MISSING
-    values = [result.estimates[result.metric].value for result in results]
-    over_examples = _over_examples(results, outcomes_of)
+    values = [result.estimates[metric].value for result in results]
+    over_examples = _over_examples(results, metric, outcomes_of)
     words = [percent(statistics.fmean(values))]
     if len(values) > 1:
         words.append(f"± {percent(statistics.stdev(values))}")
@@ -102,11 +138,11 @@ def _cell(arm: Arm, column: Mapping[str, Result], outcomes_of: OutcomesOf) -> st
     return " ".join(words)
 
 
-def _over_examples(results: Sequence[Result], outcomes_of: OutcomesOf) -> Estimate | None:
+def _over_examples(results: Sequence[Result], metric: str, outcomes_of: OutcomesOf) -> Estimate | None:
     if len(results) == 1:
-        return results[0].estimates[results[0].metric]
+        return results[0].estimates[metric]
     try:
-        found = mean_outcomes([outcomes_of(result)[result.metric] for result in results])
+        found = mean_outcomes([outcomes_of(result)[metric] for result in results])
     except (UserError, KeyError):
         return None  # a metric that no single example has a value of
     return estimate(found) if found is not None else None
@@ -116,15 +152,15 @@ def _titles(protocols: Sequence[Protocol]) -> list[str]:
     """Task and metric, and which of several protocols of a task."""
     titles = []
     for protocol in protocols:
-        others = [other for other in protocols if other.task == protocol.task]
+        others = [other for other in protocols if (other.task, other.metric) == (protocol.task, protocol.metric)]
         which = f" ({others.index(protocol) + 1} of {len(others)} protocols)" if len(others) > 1 else ""
         titles.append(f"{protocol.task}: {protocol.metric}{which}")
     return titles
 
 
-def _chance(column: Mapping[str, Result]) -> str:
-    known = sorted({result.chance for result in column.values() if result.chance is not None})
-    return " or ".join(percent(value) for value in known) or MISSING
+def _chance(column: Mapping[str, Result], metric: str, chance_of: ChanceOf) -> str:
+    known = sorted({chance for result in column.values() if (chance := chance_of(result, metric)) is not None})
+    return " or ".join(dict.fromkeys(percent(value) for value in known)) or MISSING
 
 
 def _counted(arms: Sequence[Arm]) -> str:

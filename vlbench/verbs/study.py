@@ -13,7 +13,7 @@ import argparse
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,9 @@ from vlbench.core.errors import UserError
 from vlbench.core.files import write_text
 from vlbench.core.names import nearest, slug, unknown
 from vlbench.verbs.calls import check_pretrain, evaluate, pretrain
+
+if TYPE_CHECKING:
+    from vlbench.core.types import Result
 
 TABLES = "studies"
 """In the folder of results: each study's table, called after its file."""
@@ -62,6 +65,9 @@ class Study(Config):
     models: dict[str, str] = Field(
         default_factory=dict,
         description="rows of models that are not trained here: name → what `vlbench eval --model` takes",
+    )
+    metrics: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict, description="task → metrics to show beside its headline, each a column of its own"
     )
     data_root: str | None = Field(default=None, description="as for `vlbench eval --data-root`")
     eval_data: str | None = Field(default=None, description="as for `vlbench eval --data`: what the kinds are run on")
@@ -200,7 +206,7 @@ def _budgets(study: Study, cells: Sequence[tuple[str | None, int, Arm]], file: s
 def _table(study: Study, results: str, notes: Sequence[str]) -> str:
     """All arms over their seeds on the study's own tasks, as Markdown."""
     from vlbench.report.arms import Arm as Row
-    from vlbench.report.arms import arms_page
+    from vlbench.report.arms import Wanted, arms_page
     from vlbench.report.page import markdown
     from vlbench.store.results import ResultStore
     from vlbench.verbs.outcomes import outcomes_from, sound_results
@@ -222,7 +228,21 @@ def _table(study: Study, results: str, notes: Sequence[str]) -> str:
         if result.model.name in names and is_meant(result.task, study.tasks, data=_data(study))
     ]
     sound, problems = sound_results(mine, outcomes_of)
-    return markdown(arms_page(study.title, rows, sound, outcomes_of, notes=[*notes, *problems]))
+
+    def chance_of(result: Result, metric: str) -> float | None:
+        known = outcomes_of.meta(result).get("chance", {})
+        return result.chance if metric == result.metric else known.get(metric)
+
+    wanted = Wanted(study.metrics, chance_of)
+    problems += _absent_metrics(study, sound)
+    return markdown(arms_page(study.title, rows, sound, outcomes_of, notes=[*notes, *problems], wanted=wanted))
+
+
+def _absent_metrics(study: Study, results: Sequence[Result]) -> list[str]:
+    """A line for each metric that a study wants shown and no result has."""
+    has = {(result.task, metric) for result in results for metric in result.estimates}
+    wanted = [(task, metric) for task, metrics in study.metrics.items() for metric in metrics]
+    return [f"{task} has no metric {metric!r}." for task, metric in wanted if (task, metric) not in has]
 
 
 def _row_name(study: Study, label: str, backbone: str | None) -> str:
