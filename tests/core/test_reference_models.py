@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
+from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from vlbench.models.backbone import count_params
 from vlbench.models.load import load_backbone
 from vlbench.models.loaders.timm import timm_preprocess
 from vlbench.models.loaders.torchvision import torchvision_preprocess
+from vlbench.models.weights import WEIGHT_SUFFIXES
 
 CARDS = model_cards()
 KINDS = {"zeroshot", "linear", "knn", "fewshot", "svm", "elevater_probe", "retrieval"}
@@ -32,6 +35,7 @@ KEYS = [
     "weights",
     "sha256",
     "recipe",
+    "config",
     "preprocess",
     "text",
     "provides",
@@ -42,18 +46,8 @@ KEYS = [
     "licence",
     "published",
 ]
-GENERAL = ("pooled", "trunk output")
+GENERAL = ("pooled", "trunk output", "input of the last linear layer")
 """What a loader says of a feature where it cannot know more; a card may."""
-HUB_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "kakaobrain/align-base": ("align", {"vision_config": {"image_size": 289, "hidden_dim": 640}}),
-    "facebook/dinov2-small": ("dinov2", {"image_size": 518, "hidden_size": 384, "num_attention_heads": 6}),
-    "facebook/dinov2-base": ("dinov2", {"image_size": 518, "hidden_size": 768, "num_attention_heads": 12}),
-    "facebook/dinov2-large": (
-        "dinov2",
-        {"image_size": 518, "hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 24},
-    ),
-}
-"""What the config.json of each repository says, as far as it is not the family's default."""
 
 
 def of(loader: str) -> list[str]:
@@ -203,10 +197,10 @@ def test_hub_card_says_what_its_architecture_holds(name: str) -> None:
     from vlbench.models.hf_towers import FAMILIES
 
     card = CARDS[name]
-    kind, settings = HUB_CONFIGS[card.arch]
-    family = FAMILIES[kind]
+    assert card.config is not None
+    family = FAMILIES[card.config["model_type"]]
     with torch.device("meta"):
-        model = getattr(transformers, family.model)(transformers.AutoConfig.for_model(kind, **settings))
+        model = getattr(transformers, family.model)(transformers.AutoConfig.for_model(**card.config))
     tower = family.tower(model, card.arch)
     assert count_params(tower) == card.params
     assert tower.feature == card.feature
@@ -219,8 +213,40 @@ def test_card_without_a_tag_never_stands_for_the_librarys_default_weights(tmp_pa
     by_hand = [name for name in by_hand if name not in tagged(CARDS[name].loader)]
     assert {"virtex-r50", "unicl-swin-t-in21k-yfcc14m"} <= set(by_hand)
     for name in by_hand:
-        with pytest.raises(UserError, match=f"{name}: its weights are not downloaded from here; .*--weights FILE"):
+        with pytest.raises(
+            UserError, match=f"{name}: its weights are not downloaded from here; .*--weights FILE"
+        ) as said:
             load_backbone(name)
+        address = CARDS[name].weights
+        assert address is not None
+        assert f"fetch {address} and pass them with --weights FILE" in str(said.value), "which file, and where it is"
+        assert PurePosixPath(urlsplit(address).path).suffix in WEIGHT_SUFFIXES
+
+
+def test_no_card_leaves_open_which_feature_is_probed() -> None:
+    vague = [name for name, card in CARDS.items() if card.feature in GENERAL]
+    assert not vague
+
+
+def test_every_source_can_be_looked_up() -> None:
+    sources = {row.source for card in CARDS.values() for row in card.published}
+    assert not [source for source in sources if "transcription" in source or "third-party" in source]
+
+
+@pytest.mark.parametrize(
+    ("name", "feature_of"),
+    [
+        ("vit-b-16-tv", lambda net, x: net.encoder(torch.cat([net.class_token, net._process_input(x)], 1))[:, 0]),
+        ("swin-t-tv", lambda net, x: net.norm(net.features(x)).mean((1, 2))),
+        ("convnext-t-tv", lambda net, x: net.classifier[0](net.features(x).mean((2, 3), keepdim=True)).flatten(1)),
+    ],
+)
+def test_torchvision_card_names_the_feature_that_is_probed(name: str, feature_of: Any) -> None:
+    backbone = load_backbone(name, weights="random")
+    pixels = torch.rand(1, 3, 224, 224)
+    with torch.inference_mode():
+        expected = feature_of(backbone.module.net.eval(), pixels)
+    torch.testing.assert_close(backbone.encode_image(pixels).pooled_BD, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_virtex_file_in_the_layout_of_its_own_hub_function_loads(tmp_path: Any) -> None:

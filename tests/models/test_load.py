@@ -239,3 +239,14 @@ def test_load_backbone_takes_a_path_object_text_with_tilde(monkeypatch, tmp_path
 def test_importing_models_loads_no_torch():
     code = "import sys, vlbench.models; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_a_weights_file_that_is_renamed_or_moved_keeps_the_feature_key(tmp_path):
+    for number, (spec, name) in enumerate({"timm:test_vit": "net", "torchvision:resnet18": "net"}.items()):
+        state = getattr(load_backbone(spec, weights="random:2").module, name).state_dict()
+        file, moved = tmp_path / f"{number}.pt", tmp_path / f"to-{number}" / "other.pt"
+        torch.save(state, file)
+        before = backbone_fingerprint(load_backbone(spec, weights=str(file)))
+        moved.parent.mkdir()
+        file.rename(moved)
+        assert backbone_fingerprint(load_backbone(spec, weights=str(moved))) == before

@@ -107,8 +107,13 @@ def test_every_published_row_is_judged_with_its_own_source() -> None:
         ({"spec": "ref --weights random:0", "model": {"random": True}}, "random weights"),
         ({"spec": "runs/a/ckpt.pt"}, "made from runs/a/ckpt.pt, under the card's name"),
         ({"spec": "open_clip:ViT-B-32.laion400m"}, "made from open_clip:ViT-B-32.laion400m"),
-        ({"spec": "ref --weights x.pt"}, "the weights file x.pt cannot be checked: the card has no sha256"),
-        ({"name": "ref@x", "spec": "ref --weights x.pt"}, "ref@x is another file than the card's"),
+        ({"spec": "runs/a/ckpt.pt --weights x.pt"}, "made from runs/a/ckpt.pt, under the card's name"),
+        ({"spec": "./ref"}, "made from ./ref, under the card's name"),
+        ({"spec": "other --weights x.pt"}, "made from other, under the card's name"),
+        ({"name": "ref@x", "spec": "other --weights x.pt"}, "made from other, under the card's name"),
+        ({"spec": "open_clip:ViT-B-32.openai --weights x.pt"}, "made from open_clip:ViT-B-32.openai"),
+        ({"name": "ref@x", "spec": "ref --weights random:0", "model": {"random": True}}, "random weights"),
+        ({"name": "ref@x"}, "ref@x is another file than the card's"),
     ],
 )
 def test_other_weights_are_never_an_attempt(changes: dict[str, Any], why: str) -> None:
@@ -133,17 +138,67 @@ def test_a_weights_file_is_believed_where_its_sha256_was_checked() -> None:
     checked = stored(toy, spec="ref --weights x.pt")
     # The loader takes these claims back for a file whose checksum is not the card's, --name ref or not.
     foreign = stored(Toy(), spec="ref --weights x.pt", model=dict.fromkeys(CLAIMS))
-    summed = card(("linear/cifar10", "acc1", 0.75), sha256="0" * 64)
+    summed = summed_card()
     assert why_not_the_cards(summed, checked) is None
     assert why_not_the_cards(summed, foreign) == "the weights file x.pt is not the file of the card's sha256"
 
 
-def test_one_sound_result_is_enough_beside_a_refused_one() -> None:
+def summed_card() -> ModelCard:
+    return card(("linear/cifar10", "acc1", 0.75), sha256="0" * 64)
+
+
+@pytest.mark.parametrize("name", ["ref", "ref@x"])
+def test_a_file_given_to_a_card_without_checksum_is_judged_and_said_to_be_unchecked(name: str) -> None:
+    # What the loader takes back of the card's claims for such a file is no evidence against it.
+    file = {"name": name, "spec": "ref --weights dir/x.pt", "model": dict.fromkeys(CLAIMS)}
+    open_point = "dir/x.pt could not be checked: the card knows no sha256"
+    near, far = one(0.75, **file), one(0.80, **file)
+    assert near.words() == f"reproduced; {open_point}"
+    assert far.words() == f"off by -5.0 points (interval [70.5, 79.0]); {open_point}"
+    text = " ".join(render_verdicts([near, far]).split())
+    assert text.count(open_point) == 2
+    assert text.endswith(
+        "2 published numbers: 1 reproduced, 1 off; 2 of them with a weights file that could not be checked."
+    )
+    assert as_json([near], 0.005)["rows"][0]["unchecked"] == "dir/x.pt"
+    assert one(0.75).unchecked == ""
+
+
+@pytest.mark.parametrize("name", ["ref", "ref@x"])
+def test_a_file_that_is_not_of_the_cards_checksum_is_refused_whatever_it_is_called(name: str) -> None:
     toy = Toy()
-    stored(toy, name="ref@x", spec="ref --weights x.pt", right=100)
+    stored(toy, name=name, spec="ref --weights x.pt", model=dict.fromkeys(CLAIMS))
+    (verdict,) = verify([summed_card()], toy.results, TASKS)
+    assert verdict.status == "refused"
+
+
+def test_weights_of_an_address_are_no_librarys_default() -> None:
+    toy = Toy()
+    stored(toy, spec="timm:swin_tiny")
+    for weights in (None, "https://example.org/x.pth"):
+        known = card(("linear/cifar10", "acc1", 0.75), loader="timm", arch="swin_tiny", weights=weights)
+        assert why_not_the_cards(known, toy.results[0]) == "made from timm:swin_tiny, under the card's name"
+    known = card(("linear/cifar10", "acc1", 0.75), loader="timm", arch="swin_tiny.in1k", weights=None)
+    (verdict,) = verify([known], [stored(Toy(), spec="timm:swin_tiny.in1k")], TASKS)
+    assert verdict.status == "reproduced"
+
+
+def test_of_several_unchecked_files_the_one_measured_last_is_judged_and_that_there_are_others_is_said() -> None:
+    toy = Toy()
+    for place, right in ((2, 300), (1, 100)):
+        file = {"name": f"ref@{place}", "spec": f"ref --weights {place}.pt", "model": {"weights_hash": str(place)}}
+        stored(toy, right=right, created=f"2026-01-0{place}T00:00:00Z", **file)
+    (verdict,) = verify([card(("linear/cifar10", "acc1", 0.75))], toy.results, TASKS)
+    assert (verdict.ours, verdict.unchecked) == (OURS, "2.pt")
+    assert verdict.remarks == ("the results under this name come from several weights",)
+
+
+def test_one_sound_result_is_enough_beside_an_unchecked_one() -> None:
+    toy = Toy()
+    stored(toy, name="ref@x", spec="ref --weights x.pt", right=100, created="2027-01-01T00:00:00Z")
     stored(toy)
     (verdict,) = verify([card(("linear/cifar10", "acc1", 0.75))], toy.results, TASKS)
-    assert verdict.status == "reproduced"
+    assert verdict.words() == "reproduced"
     assert verdict.remarks == ()
 
 

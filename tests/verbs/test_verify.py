@@ -14,6 +14,7 @@ from vlbench.core import cards
 from vlbench.core.cards import ModelCard
 from vlbench.core.errors import UserError
 from vlbench.store.results import ResultStore
+from vlbench.verbs import session
 from vlbench.verbs.verify import run
 
 
@@ -73,7 +74,12 @@ def test_other_weights_under_the_cards_name_are_refused(store: ResultStore, caps
     assert "refused: made from runs/a" in capsys.readouterr().out
     store_toy(store, "ref-b@file", "linear/x", 150, model=model | {"name": "ref-b@file"})
     assert call(store) == 0
-    assert "ref-b@file is another file" in " ".join(capsys.readouterr().out.split())
+    assert "refused: made from runs/a" in " ".join(capsys.readouterr().out.split())
+    store_toy(
+        store, "ref-b@file", "linear/x", 100, model=model | {"name": "ref-b@file", "spec": "ref-b --weights f.pt"}
+    )
+    assert call(store, "ref-b") == 0
+    assert "reproduced; f.pt could not be checked" in " ".join(capsys.readouterr().out.split())
 
 
 def test_json_is_written(store: ResultStore, tmp_path: Path) -> None:
@@ -104,3 +110,14 @@ def test_verify_and_explain_load_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_folder_called_like_a_card_is_not_named_like_it_in_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert session._asked_for("virtex-r50", "f.pt") == "virtex-r50 --weights f.pt"
+    (tmp_path / "virtex-r50").mkdir()
+    (tmp_path / "mine").mkdir()
+    assert session._asked_for("virtex-r50", None) == "./virtex-r50"
+    assert session._asked_for("mine", None) == "mine"

@@ -72,6 +72,11 @@ class ModelCard(Config):
     recipe: str | None = None
     weights: str | None = Field(default=None, description="the loader's tag, a hub name or a URL")
     sha256: str | None = Field(default=None, description="of the weights file, where it is known")
+    config: dict[str, Any] | None = Field(
+        default=None,
+        description="of a model on the hub: its config.json, as far as it is not the family's default; a fresh "
+        "initialisation then needs no hub",
+    )
     preprocess: Preprocess
     text: TextSpec | None = None
     provides: frozenset[Provides] = frozenset({"pooled"})

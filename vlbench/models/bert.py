@@ -70,6 +70,8 @@ class BertTower(nn.Module):
         self.layers = nn.ModuleList(_Layer(config) for _ in range(config.layers))
         self.head = nn.Linear(width, embed_dim)
         self.dropout = config.dropout
+        self.in_one_call = False
+        """Whether each layer is called once for a batch, whatever its texts. ``train/sharding`` sets it."""
         self.apply(_initialise)
 
     @property
@@ -86,7 +88,8 @@ class BertTower(nn.Module):
 
     def _first(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """``first_BD``: the last hidden state of the first token."""
-        one_call = tokens_BL.shape[1] <= _SHORT or tokens_BL.device.type != "cpu" or torch.compiler.is_compiling()
+        one_call = self.in_one_call or tokens_BL.shape[1] <= _SHORT or tokens_BL.device.type != "cpu"
+        one_call = one_call or torch.compiler.is_compiling()
         if not one_call:
             is_short_B = (tokens_BL[:, _SHORT:] == PAD).all(1)
             one_call = not bool(is_short_B.any())

@@ -12,7 +12,6 @@ Shapes: B batch, L tokens.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,10 @@ import torch
 from vlbench.core.cards import Preprocess
 from vlbench.core.errors import UserError
 from vlbench.models.padding import padded_ids
+from vlbench.models.tokenizer_files import VOCABULARIES, has_tokenizer, tokenizer_digest
 
 _INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 _CONVNEXT_SQUASHES_FROM = 384  # pixels; below it is resized by crop_pct and cropped
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
-_TOKENIZER_FILES = (
-    *_VOCABULARIES,
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
 
 def hf_preprocess(folder: Path, *, where: str) -> Preprocess:
@@ -109,11 +101,6 @@ def _three(value: float | Sequence[float]) -> tuple[float, ...]:
     return (float(value),) * 3 if isinstance(value, int | float) else tuple(float(channel) for channel in value)
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether there is a vocabulary in ``folder``."""
-    return any((folder / name).is_file() for name in _VOCABULARIES)
-
-
 class HfTokenizer:
     """Texts to token ids by the tokenizer in a folder.
 
@@ -129,7 +116,7 @@ class HfTokenizer:
         from transformers import AutoTokenizer
 
         if not has_tokenizer(folder):  # transformers would make one that knows no word at all
-            raise UserError(f"{where}: no tokenizer in {folder} ({', '.join(_VOCABULARIES[:3])}, …)")
+            raise UserError(f"{where}: no tokenizer in {folder} ({', '.join(VOCABULARIES[:3])}, …)")
         try:
             self._own = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         except Exception as error:  # transformers raises what it likes
@@ -142,11 +129,7 @@ class HfTokenizer:
         self._trim = trim
         # SigLIP 2 was trained on lower case, and its files name Gemma's tokenizer, which keeps capitals.
         self._lower = "Gemma" in str(self._own.init_kwargs.get("tokenizer_class", "")) + type(self._own).__name__
-        digest = hashlib.sha256()
-        for name in _TOKENIZER_FILES:
-            path = folder / name
-            digest.update(path.read_bytes() if path.is_file() else b"\0")
-        self.name = f"hf:{type(self._own).__name__}-{digest.hexdigest()[:8]}"
+        self.name = f"hf:{type(self._own).__name__}-{tokenizer_digest(folder)}"
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """``tokens_BL``, int64."""
@@ -157,6 +140,21 @@ class HfTokenizer:
             return self._own(texts, padding="max_length", return_tensors="pt", **cut)["input_ids"]
         rows = self._own(texts, **cut)["input_ids"] if texts else []
         return padded_ids(rows, most=self.context_length, pad=self.pad_id)
+
+
+class MissingTokenizer:
+    """In the place of a tokenizer that is not here: images are encoded, and the first text is the error ``line``."""
+
+    name = "hf:none"
+    pad_id = 0
+
+    def __init__(self, line: str, *, context_length: int) -> None:
+        self._line = line
+        self.context_length = context_length
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        """Raises UserError."""
+        raise UserError(self._line)
 
 
 def _line(error: Exception) -> str:

@@ -25,6 +25,7 @@ from vlbench.core.files import sha256, write_text
 from vlbench.core.fingerprint import fingerprint
 from vlbench.core.paths import cache_dir
 from vlbench.core.types import Backbone
+from vlbench.models.tokenizer_files import placed_files
 
 _LIBRARIES = ("open_clip", "timm", "torchvision", "hf")
 _FOLDERS = ("open_clip:local-dir:", "hf:")
@@ -106,6 +107,8 @@ def _key(spec: str, weights: str | None, name: str | None) -> str | None:
     if not files:
         return None
     card = model_cards().get(spec) if _may_be_a_card(spec) else None
+    if (card.loader if card is not None else spec.partition(":")[0]) == "open_clip":
+        files += placed_files()  # one of them may be this model's, and its name is then in the card
     return fingerprint(
         {
             "spec": spec,

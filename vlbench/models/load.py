@@ -49,7 +49,8 @@ def load_backbone(
     target = _device(device)
     if card is not None and source is None:
         _check_named(card)
-    backbone: Any = LOADERS.get(loader)(ref, weights=source, seed=seed)
+    known = {"card": card} if card is not None and loader == "hf" else {}
+    backbone: Any = LOADERS.get(loader)(ref, weights=source, seed=seed, **known)
     if card is not None:
         backbone.card = _merged(card, backbone.card)
     backbone.card = _relabelled(backbone.card, source, seed)

@@ -11,8 +11,10 @@ whatever the texts beside it, and a compiled tower sees five shapes instead of 7
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +28,7 @@ from vlbench.models.byte_pairs import BytePairs
 from vlbench.models.loaders.shared import TOKENIZER_PACKAGES, hub_offline_without_network, quiet_logging
 from vlbench.models.open_clip_import import import_open_clip
 from vlbench.models.padding import LENGTH_STEP, padded_ids
+from vlbench.models.tokenizer_files import how_to_place, tokenizer_place
 
 _CACHED_TEXTS = 100_000  # token tuples kept per tokenizer: about 30 MB; prompts and captions come back every epoch
 
@@ -61,6 +64,8 @@ class TextTower(nn.Module):
     def __init__(self, net: Any) -> None:
         super().__init__()
         self.net = net
+        self.in_one_call = False
+        """Whether each block is called once for a batch, whatever its texts. ``train/sharding`` sets it."""
 
     @property
     def projection(self) -> torch.Tensor:
@@ -69,7 +74,7 @@ class TextTower(nn.Module):
 
     def forward(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """``text_BE``, not normalised, of token ids padded with zeros to any length up to the context."""
-        return causal_text_embedding(self.net, tokens_BL)
+        return causal_text_embedding(self.net, tokens_BL, in_one_call=self.in_one_call)
 
 
 def build_text(config: TextConfig, embed_dim: int) -> TextTower:
@@ -94,23 +99,24 @@ def build_text(config: TextConfig, embed_dim: int) -> TextTower:
     return TextTower(net)
 
 
-def causal_text_embedding(net: Any, tokens_BL: torch.Tensor) -> torch.Tensor:
+def causal_text_embedding(net: Any, tokens_BL: torch.Tensor, *, in_one_call: bool = False) -> torch.Tensor:
     """``text_BE`` through the parts of an open_clip ``TextTransformer`` or ``CLIP`` (they share their names).
 
     open_clip's own forward wants the whole context; this one cuts the causal mask and the positions to the batch.
-    The end-of-text token has the largest id, so ``argmax`` finds it.
+    The end-of-text token has the largest id, so ``argmax`` finds it. On a CPU short texts run apart from long ones
+    unless the batch is to go ``in_one_call``.
     """
     length = tokens_BL.shape[1]
     assert length <= net.context_length, f"{length} tokens in a context of {net.context_length}"
     x_BLD = net.token_embedding(tokens_BL).to(net.transformer.get_cast_dtype())
     x_BLD = x_BLD + net.positional_embedding[:length].to(x_BLD.dtype)
-    x_BD = net.ln_final(_at_the_end(net, x_BLD, tokens_BL.argmax(dim=-1)))
+    x_BD = net.ln_final(_at_the_end(net, x_BLD, tokens_BL.argmax(dim=-1), in_one_call=in_one_call))
     if net.text_projection is None:
         return x_BD
     return net.text_projection(x_BD) if isinstance(net.text_projection, nn.Linear) else x_BD @ net.text_projection
 
 
-def _at_the_end(net: Any, x_BLD: torch.Tensor, end_B: torch.Tensor) -> torch.Tensor:
+def _at_the_end(net: Any, x_BLD: torch.Tensor, end_B: torch.Tensor, *, in_one_call: bool = False) -> torch.Tensor:
     """``x_BD``: the transformer's output at each row's end-of-text token.
 
     On a CPU the rows that end within the first 16 tokens run apart from the longer ones: most captions are short, one
@@ -118,7 +124,8 @@ def _at_the_end(net: Any, x_BLD: torch.Tensor, end_B: torch.Tensor) -> torch.Ten
     batch is one call: the padding costs less there than shapes that change from batch to batch.
     """
     is_short_B = end_B < LENGTH_STEP
-    one_call = x_BLD.shape[1] <= LENGTH_STEP or x_BLD.device.type != "cpu" or torch.compiler.is_compiling()
+    one_call = in_one_call or x_BLD.shape[1] <= LENGTH_STEP or x_BLD.device.type != "cpu"
+    one_call = one_call or torch.compiler.is_compiling()
     if one_call or not is_short_B.any() or is_short_B.all():
         length = x_BLD.shape[1]
         x_BLD = net.transformer(x_BLD, attn_mask=net.attn_mask[:length, :length])
@@ -146,7 +153,8 @@ class Tokenizer:
         spec: which tokenizer and context.
         trim: pad to the longest text only (in steps of 16). False for towers that are not causal, or not read at
             the end-of-text token.
-        place: where open_clip finds the tokenizer, where that is not the name that ``spec`` has for it.
+        place: where open_clip finds the tokenizer, where that is not the name that ``spec`` has for it: ``local-dir:``
+            and a folder, or the model whose tokenizer was put in its place by hand.
 
     A model's own tokenizer is looked for when the first text comes: it may be on the hub alone, and linear and knn
     read no text.
@@ -196,24 +204,36 @@ class Tokenizer:
 
 
 def _named_encoder(name: str, place: str) -> Any:
-    """The tokenizer of the open_clip model ``place``."""
+    """The tokenizer of the open_clip model ``place``: the one put there by hand where ``name`` is not the model's."""
     open_clip = import_open_clip()
+    folder = place.partition(":")[2]
+    text = _own_text_config(Path(folder)) if folder else (open_clip.get_model_config(place) or {}).get("text_cfg", {})
+    repository = text.get("hf_tokenizer_name")
     try:
         with quiet_logging(), hub_offline_without_network():
-            return open_clip.get_tokenizer(place)
+            if folder or name == f"open_clip:{place}":
+                return open_clip.get_tokenizer(place)
+            return open_clip.tokenizer.HFTokenizer(
+                str(tokenizer_place(repository)),
+                context_length=text.get("context_length"),
+                tokenizer_mode=text.get("tokenizer_mode"),
+                **text.get("tokenizer_kwargs", {}),
+            )
     except ImportError as error:
         raise UserError(f"tokenizer {name!r} needs a package: pip install {TOKENIZER_PACKAGES} ({error})") from None
     except Exception as error:  # the tokenizers library and the hub raise what they like
         reason = " ".join(str(error).split())[:120]
-        config = {} if ":" in place else open_clip.get_model_config(place) or {}
-        repository = config.get("text_cfg", {}).get("hf_tokenizer_name")
         source = f"huggingface.co/{repository}" if repository else "the model's repository"
+        put = Path(folder) if folder else tokenizer_place(repository or place)
         raise UserError(
-            f"tokenizer {name!r} is not on this machine and cannot be downloaded ({reason}); fetch tokenizer.json, "
-            f"tokenizer_config.json and special_tokens_map.json from {source} elsewhere, put them into one folder with "
-            "open_clip_config.json and open_clip_model.safetensors, and pass --model open_clip:local-dir:FOLDER; "
-            "linear and knn need no tokenizer"
+            f"tokenizer {name!r} is not on this machine and cannot be downloaded ({reason}); "
+            f"{how_to_place(source, put)}"
         ) from None
+
+
+def _own_text_config(folder: Path) -> dict[str, Any]:
+    """What the configuration beside a model's weights says of its text tower."""
+    return json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
 
 
 @cache

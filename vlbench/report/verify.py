@@ -2,6 +2,12 @@
 
 A published number is an attempt at a model's own weights. So a stored result counts only where it was made with the
 weights that the reference card names: never with random ones, nor with others that were given the card's name.
+
+A local file given to the card (``--model CARD --weights FILE``) is held to the card's SHA-256. Most cards know none:
+their publishers print none, and some models are not downloaded at all. Such a file is judged, for else nothing could
+ever be said of these models, and every verdict on it says that the file could not be checked: it may be another one.
+What attributes the result to the card is that the card itself was asked for, which the result's ``spec`` holds; the
+name alone, which ``--name`` gives to anything, does not.
 """
 
 from __future__ import annotations
@@ -51,11 +57,17 @@ class Verdict:
     n: int | None = None
     off_by: float | None = None
     """Ours, rounded as the published value is, minus the published value."""
+    unchecked: str = ""
+    """Our weights file, where it cannot be held to the card because the card knows no checksum; else empty."""
     remarks: tuple[str, ...] = ()
     """What was not as it should be in a comparison: the task's version, the precision, several weights."""
 
     def words(self) -> str:
-        """The verdict in one phrase."""
+        """The verdict in one phrase, with what could not be checked about the weights."""
+        said = self._judgement()
+        return f"{said}; {self.unchecked} could not be checked: the card knows no sha256" if self.unchecked else said
+
+    def _judgement(self) -> str:
         match self.status:
             case "reproduced":
                 return "reproduced (inside our interval)" if self.rule == "interval" else "reproduced"
@@ -111,24 +123,41 @@ def why_not_the_cards(card: ModelCard, result: Result) -> str | None:
     """Why ``result`` was not made with the weights of ``card``, or None where it was, for all that is known.
 
     The weights are the card's where it was asked for by its id or by its loader's name for the same weights. A local
-    file (``--weights FILE``) is believed where the card has a checksum: for any other file, the loader takes back what
-    the card says about training.
+    file (``--weights FILE``) must have been given to the card itself. Where the card has a checksum, only that file is
+    believed: for any other one, the loader takes back what the card says about training. Where it has none, see
+    ``unchecked_file``.
     """
     if result.model.random:
         return "random weights"
-    if result.model.name != card.id:
-        return f"{result.model.name} is another file than the card's"
-    spec, _, file = result.model.spec.partition(" --weights ")
-    tagged = f"{card.loader}:{card.arch}.{card.weights}" if card.weights else f"{card.loader}:{card.arch}"
-    if spec not in (card.id, tagged):
+    spec, file = _asked_for(result)
+    if spec != card.id and (file or spec != _as_its_loader_names_it(card)):
         return f"made from {spec}, under the card's name"
+    if result.model.name != card.id and (card.sha256 or not file):
+        return f"{result.model.name} is another file than the card's"
     claims = ("recipe", "pretrain_data", "images_seen")
     kept = all(getattr(result.model, claim) == getattr(card, claim) for claim in claims)
     some = any(getattr(card, claim) is not None for claim in claims)
-    if file and not (spec == card.id and card.sha256 and kept and some):
-        why = "is not the file of the card's sha256" if card.sha256 else "cannot be checked: the card has no sha256"
-        return f"the weights file {file} {why}"
+    if file and card.sha256 and not (kept and some):
+        return f"the weights file {file} is not the file of the card's sha256"
     return None
+
+
+def unchecked_file(card: ModelCard, result: Result) -> str:
+    """The weights file of ``result``, where it cannot be held to ``card``, which knows no checksum; else empty."""
+    return "" if card.sha256 else _asked_for(result)[1]
+
+
+def _asked_for(result: Result) -> tuple[str, str]:
+    """What ``--model`` named, and the file that ``--weights`` did; empty where there was none."""
+    spec, _, file = result.model.spec.partition(" --weights ")
+    return spec, file
+
+
+def _as_its_loader_names_it(card: ModelCard) -> str | None:
+    """``--model`` for the card's weights without the card. None where the loader would take others, its default."""
+    if card.weights is not None and "://" not in card.weights:
+        return f"{card.loader}:{card.arch}.{card.weights}"
+    return f"{card.loader}:{card.arch}" if card.loader == "hf" or "." in card.arch else None
 
 
 def _verdict(
@@ -144,7 +173,8 @@ def _verdict(
     own = [result for result in on_task if why_not_the_cards(card, result) is None]
     if not own:
         return Verdict(**words, status="refused", rule="; ".join(sorted(filter(None, reasons))))
-    result = _right_version(own, tasks.get(row.task))
+    result = _to_judge(card, own, tasks.get(row.task))
+    words["unchecked"] = unchecked_file(card, result)
     if row.metric not in result.estimates:
         has = ", ".join(sorted(result.estimates))
         return Verdict(**words, status="metric missing", rule=f"the stored result has {has}")
@@ -180,9 +210,16 @@ def printed_decimals(value: float) -> int:
     return max(_FEWEST_DECIMALS, -exponent)
 
 
-def _right_version(results: Sequence[Result], card: TaskCard | None) -> Result:
-    """The result of today's version of the task, else the newest."""
-    return max(results, key=lambda r: (card is not None and r.task_version == card.version, r.task_version))
+def _to_judge(card: ModelCard, results: Sequence[Result], task: TaskCard | None) -> Result:
+    """A result that nothing is open about before one of an unchecked file; then today's version of the task, else the
+    newest; then what was measured last.
+    """
+
+    def order(result: Result) -> tuple[bool, bool, int, str]:
+        today = task is not None and result.task_version == task.version
+        return (not unchecked_file(card, result), today, result.task_version, result.created)
+
+    return max(results, key=order)
 
 
 def _other_measurement(result: Result, task: TaskCard | None) -> list[str]:
@@ -205,7 +242,13 @@ def _remarks(card: ModelCard, result: Result, results: Sequence[Result], tasks: 
     precision = result.settings.get("precision", "fp32")
     if precision != "fp32":
         said.append(f"measured in {precision}")
-    if len({other.model.weights_hash for other in results if why_not_the_cards(card, other) is None}) > 1:
+    alike = [
+        other.model.weights_hash
+        for other in results
+        if why_not_the_cards(card, other) is None
+        and bool(unchecked_file(card, other)) == bool(unchecked_file(card, result))
+    ]
+    if len(set(alike)) > 1:
         said.append("the results under this name come from several weights")
     if card.params is not None and result.model.params not in (None, card.params):
         said.append(f"{count(result.model.params)} parameters, the card says {count(card.params)}")
@@ -232,6 +275,8 @@ def render_verdicts(verdicts: Sequence[Verdict], *, every: bool = False) -> str:
         parts.append(f"{model}: {n} not attempted: {', '.join(names[:6])}{more}")
     tally = {status: sum(verdict.status == status for verdict in verdicts) for status in get_args(Status)}
     counts = ", ".join(f"{n} {status}" for status, n in tally.items() if n)
+    if n_open := sum(bool(verdict.unchecked) for verdict in verdicts):
+        counts += f"; {n_open} of them with a weights file that could not be checked"
     parts.append(f"{len(verdicts)} published number{'s' * (len(verdicts) != 1)}: {counts or 'none'}.")
     return "\n".join(parts) + "\n"
 

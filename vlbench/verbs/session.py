@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlbench.core.cards import model_cards
 from vlbench.core.fingerprint import fingerprint
 from vlbench.core.types import ModelRef
 from vlbench.store.features import FeatureStore
@@ -75,7 +76,7 @@ def open_session(args: argparse.Namespace, crew: Crew) -> Session:
     card = backbone.card
     model = ModelRef(
         name=card.id,
-        spec=args.model if args.weights is None else f"{args.model} --weights {args.weights}",
+        spec=_asked_for(args.model, args.weights),
         weights_hash=backbone.weights_hash,
         backbone_fingerprint=backbone_fingerprint(backbone),
         **{key: getattr(card, key) for key in ("recipe", "arch", "params", "pretrain_data", "images_seen")},
@@ -109,6 +110,13 @@ def open_session(args: argparse.Namespace, crew: Crew) -> Session:
     print(f"model: {model.name} ({card.arch}, weights {model.weights_hash}) on {settings['device_name']}")
     results = ResultStore(args.results)
     return Session(model, encode_with, results, settings, args.force, provenance, args.precision_spread, crew)
+
+
+def _asked_for(model: str, weights: str | None) -> str:
+    """The model as a result names it. A path that is called like a reference card is not taken for the card."""
+    if ":" not in model and Path(model).exists() and model in model_cards():
+        model = f"./{model}"
+    return model if weights is None else f"{model} --weights {weights}"
 
 
 def _make_current(device: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from vlbench.core.cards import ModelCard, Preprocess
 from vlbench.core.errors import UserError
 from vlbench.data.transforms import eval_transform, normalise
 from vlbench.models.backbone import backbone_fingerprint
@@ -410,6 +411,69 @@ def test_hf_without_network_says_what_to_fetch_and_where_to_put_it(monkeypatch, 
     assert "model.safetensors" not in fresh + file
     assert fresh.endswith("--weights random")
     assert file.endswith(f"--weights {tmp_path / 'w.pt'}")
+
+
+@pytest.fixture
+def without_hub(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("vlbench.models.loaders.shared._reachable", lambda host: False)
+    monkeypatch.setenv("VLBENCH_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("name", ["align-b7-coyo", "dinov2-vit-b-14-224"])
+def test_hf_card_without_network_keeps_its_name_in_what_is_advised(without_hub, tmp_path, name):
+    (tmp_path / "w.pt").write_bytes(b"x")
+    for weights in (None, str(tmp_path / "w.pt")):
+        message = error_of(name, weights=weights)
+        assert f"into one folder and pass --model {name} --weights FOLDER" in message
+        assert "hf:FOLDER" not in message
+        assert ("tokenizer" in message) == (name == "align-b7-coyo")
+
+
+@pytest.fixture
+def tiny_card(saved, monkeypatch):
+    """A reference card of a tiny ALIGN that only the hub has, and the configuration as it stands there."""
+    folder, _ = saved("align")
+    config = json.loads((folder / "config.json").read_text())
+    card = ModelCard(
+        id="tiny-align",
+        loader="hf",
+        arch="me/tiny-align",
+        config={key: config[key] for key in ("model_type", "vision_config", "text_config", "projection_dim")},
+        preprocess=Preprocess(image_size=48),
+        provides=frozenset({"pooled", "embed", "tokens", "maps", "text"}),
+    )
+    monkeypatch.setattr("vlbench.models.load.model_cards", lambda: {card.id: card})
+    return card, folder
+
+
+def test_hf_card_with_its_configuration_is_initialised_without_the_hub(without_hub, tiny_card, tmp_path):
+    card, folder = tiny_card
+    backbone = load_backbone(card.id, weights="random:3")
+    theirs = load_backbone(f"hf:{folder}", weights="random:3")
+    assert backbone.card.id == "tiny-align-random-s3"
+    assert backbone.card.arch == theirs.card.arch, "the configuration is the one in the repository"
+    assert backbone.weights_hash == theirs.weights_hash
+    assert backbone.card.provides == card.provides
+    pixels_BCHW = images("align", 2)
+    assert torch.equal(backbone.encode_image(pixels_BCHW).pooled_BD, theirs.encode_image(pixels_BCHW).pooled_BD)
+    place = tmp_path / "cache" / "tokenizers" / "me" / "tiny-align"
+    with pytest.raises(UserError, match=f"huggingface.co/me/tiny-align elsewhere and put them into {place}"):
+        backbone.encode_text(["a red circle"])
+
+    place.mkdir(parents=True)
+    for file in folder.glob("*token*"):
+        shutil.copy(file, place)
+    reading = load_backbone(card.id, weights="random:3")
+    assert torch.equal(reading.encode_text(tiny.TEXTS), theirs.encode_text(tiny.TEXTS))
+    assert reading.card.text == theirs.card.text
+    assert backbone_fingerprint(reading) != backbone_fingerprint(backbone)
+
+
+def test_hf_cards_that_are_shipped_are_initialised_without_the_hub(without_hub):
+    backbone = load_backbone("dinov2-vit-s-14-224", weights="random")
+    assert backbone.card.preprocess.image_size == (224, 224)
+    assert backbone.encode_image(torch.zeros(1, 3, 224, 224)).pooled_BD.shape == (1, 384)
 
 
 def test_hf_folder_in_the_place_of_weights_needs_no_repository(saved, monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vlbench.core.errors import UserError
+from vlbench.models.backbone import backbone_fingerprint
 from vlbench.models.load import load_backbone
 from vlbench.models.loaders import open_clip as loader
 
@@ -218,7 +219,38 @@ def test_local_folder_gives_open_clips_own_features_and_its_preprocessing(folder
         torch.testing.assert_close(backbone.encode_image(images_BCHW).embed_BE, model.encode_image(images_BCHW))
     assert backbone.card.preprocess.mean == (0.5, 0.5, 0.5)
     assert backbone.card.preprocess.resize == "squash"
-    assert backbone.card.arch.startswith("mine-")
+    assert backbone.card.id.startswith("open_clip:mine-")
+    assert "mine" not in backbone.card.arch
+
+
+@pytest.mark.parametrize("own_tokenizer", [False, True])
+def test_folder_that_is_renamed_or_moved_keeps_the_feature_key(folder, tmp_path, own_tokenizer):
+    place, _ = folder
+    if own_tokenizer:
+        pytest.importorskip("transformers")
+        from tests.models.loaders import hf_models
+
+        config = {**CONFIG, "text_cfg": {**CONFIG["text_cfg"], "hf_tokenizer_name": "me/words"}}
+        (place / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+        hf_models.tokenizer("siglip").save_pretrained(place)
+    before = load_backbone(f"open_clip:local-dir:{place}")
+    texts_BE = before.encode_text(TEXTS)
+    # open_clip takes a model of its own for SigLIP's by its name; a folder's name decides nothing.
+    moved = tmp_path / "elsewhere" / "siglip-renamed"
+    moved.parent.mkdir()
+    place.rename(moved)
+    after = load_backbone(f"open_clip:local-dir:{moved}")
+    assert backbone_fingerprint(after) == backbone_fingerprint(before)
+    assert after.card.id != before.card.id, "the name that is shown is the folder's"
+    assert str(tmp_path) not in after.card.model_dump_json()
+    if own_tokenizer:
+        assert torch.equal(after.encode_text(TEXTS), texts_BE)
+        changed = json.loads((moved / "tokenizer.json").read_text())
+        words = changed["model"]["vocab"]
+        words["red"], words["blue"] = words["blue"], words["red"]
+        (moved / "tokenizer.json").write_text(json.dumps(changed))
+        other = load_backbone(f"open_clip:local-dir:{moved}")
+        assert backbone_fingerprint(other) != backbone_fingerprint(before), "another tokenizer reads other texts"
 
 
 def test_local_folder_reads_the_weights_that_are_named_not_its_own(folder):
@@ -244,9 +276,8 @@ def test_hub_repository_names_the_model_wherever_its_files_lie(folder, monkeypat
     monkeypatch.setattr(loader, "_hub_folder", lambda repository: snapshot)
     hub, local = load_backbone("open_clip:hf-hub:me/tiny"), load_backbone(f"open_clip:local-dir:{snapshot}")
     assert hub.card.id == "open_clip:hf-hub:me/tiny"
-    assert hub.card.arch.startswith("me/tiny-")
     assert "0123abc" not in hub.card.model_dump_json()
-    assert hub.weights_hash == local.weights_hash
+    assert backbone_fingerprint(hub) == backbone_fingerprint(local), "the same files are the same model"
 
 
 def test_hub_repository_s_own_tokenizer_is_read_from_its_folder(folder, monkeypatch):
@@ -262,7 +293,7 @@ def test_hub_repository_s_own_tokenizer_is_read_from_its_folder(folder, monkeypa
 
     monkeypatch.setattr(open_clip, "get_tokenizer", ask)
     backbone = load_backbone("open_clip:hf-hub:me/tiny")
-    assert backbone.card.text.tokenizer == "open_clip:hf-hub:me/tiny"
+    assert backbone.card.text.tokenizer.startswith("open_clip:tokenizer-")
     assert asked == [], "linear and knn need none"
     assert backbone.encode_text(["a", "b"]).shape == (2, 24)
     assert backbone.encode_text(["c"]).shape == (1, 24)
@@ -295,3 +326,62 @@ def test_local_folder_with_its_own_tokenizer_reads_texts_without_network(folder,
     assert tokens_BL.shape == (2, 20)
     with torch.inference_mode():
         torch.testing.assert_close(backbone.encode_text(TEXTS), model.encode_text(tokens_BL))
+
+
+@pytest.fixture
+def without_hub(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("vlbench.models.loaders.shared._reachable", lambda host: False)
+    monkeypatch.setenv("VLBENCH_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def tiny_siglip(without_hub, tmp_path):
+    """A configuration of open_clip's whose tokenizer the hub has."""
+    pytest.importorskip("transformers")
+    text = {**CONFIG["text_cfg"], "hf_tokenizer_name": "me/words", "tokenizer_kwargs": {"clean": "canonicalize"}}
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / "tiny-own-words.json").write_text(json.dumps({**CONFIG, "text_cfg": text}))
+    open_clip.add_model_config(folder)
+    yield "tiny-own-words"
+    open_clip.factory._MODEL_CONFIGS.pop("tiny-own-words")
+
+
+def test_tokenizer_of_the_hub_is_put_in_its_place_by_hand(tiny_siglip, tmp_path):
+    from tests.models.loaders import hf_models
+
+    spec = f"open_clip:{tiny_siglip}"
+    named = load_backbone(spec, weights="random")
+    assert named.card.text.tokenizer == spec, "the hub's, whatever is in it"
+    with pytest.raises(UserError) as caught:
+        named.encode_text(["a"])
+    place = tmp_path / "cache" / "tokenizers" / "me" / "words"
+    line = str(caught.value)
+    assert "\n" not in line
+    assert f"from huggingface.co/me/words elsewhere and put them into {place}" in line
+    assert "--model" not in line, "another --model would lose a card's name, preprocessing and published numbers"
+
+    hf_models.tokenizer("siglip").save_pretrained(place)
+    backbone = load_backbone(spec, weights="random")
+    assert backbone.card.id == named.card.id
+    assert backbone.card.text.tokenizer.startswith("open_clip:tokenizer-"), "known by its files"
+    theirs = open_clip.tokenizer.HFTokenizer(str(place), context_length=20, clean="canonicalize")
+    texts = ["A red, circle!", "two blue square on a white ground"]
+    with torch.inference_mode():
+        expected_BE = backbone.module.encode_text(theirs(texts))
+    assert torch.equal(backbone.encode_text(texts), expected_BE)
+    assert not torch.equal(theirs(["a red circle"]), theirs(["two blue square"])), "the tokenizer tells texts apart"
+
+
+def test_tokenizer_put_in_its_place_later_is_another_model_than_was_kept(tiny_siglip, tmp_path):
+    from tests.models.loaders import hf_models
+    from vlbench.models.known import open_backbone
+
+    spec, file = f"open_clip:{tiny_siglip}", tmp_path / "w.pt"
+    torch.save(open_clip.create_model(tiny_siglip).state_dict(), file)
+    for _ in range(2):
+        assert open_backbone(spec, weights=str(file)).card.text.tokenizer == spec
+    hf_models.tokenizer("siglip").save_pretrained(tmp_path / "cache" / "tokenizers" / "me" / "words")
+    for _ in range(2):
+        assert open_backbone(spec, weights=str(file)).encode_text(["a red circle"]).shape == (1, 24)

@@ -22,7 +22,7 @@ from vlbench.core.errors import UserError
 from vlbench.core.fingerprint import fingerprint
 from vlbench.core.names import unknown
 from vlbench.models.backbone import TorchBackbone, count_params
-from vlbench.models.hf_inputs import HfTokenizer, has_tokenizer, hf_preprocess
+from vlbench.models.hf_inputs import HfTokenizer, MissingTokenizer, hf_preprocess
 from vlbench.models.hf_towers import FAMILIES, HfFamily
 from vlbench.models.loaders.shared import (
     RANDOM,
@@ -31,6 +31,7 @@ from vlbench.models.loaders.shared import (
     quiet_logging,
     seeded,
 )
+from vlbench.models.tokenizer_files import has_tokenizer, how_to_place, tokenizer_place
 from vlbench.models.weights import read_weights
 
 _REPOSITORY = re.compile(r"([\w.-]+/)?[\w.-]+(@[\w./-]+)?")
@@ -60,12 +61,13 @@ _NO_TRACE = frozenset(
 )
 
 
-def load(ref: str, *, weights: str | None = None, seed: int = 0) -> TorchBackbone:
+def load(ref: str, *, weights: str | None = None, seed: int = 0, card: ModelCard | None = None) -> TorchBackbone:
     """The model in the folder or repository ``ref``.
 
     ``weights`` replaces its weights by a file of the same layout, or all of it by a folder. ``random`` needs no more
     than ``config.json``: without ``preprocessor_config.json`` it prepares images as CLIP does, without a tokenizer it
-    reads no texts.
+    reads no texts. A reference ``card`` that has the configuration needs no repository for ``random`` at all, and the
+    tokenizer is looked for when it is known to be needed.
 
     Raises:
         UserError: for a package, folder, file or repository that is missing, a model type that is not known here, or
@@ -74,10 +76,12 @@ def load(ref: str, *, weights: str | None = None, seed: int = 0) -> TorchBackbon
     _require_transformers()
     where = f"hf:{ref}"
     name = f"hf:{Path(ref).expanduser().resolve().name}" if _is_folder(ref) else where
+    if weights == RANDOM and card is not None and card.config is not None:
+        return _fresh_of_card(card, seed)
     if weights is not None and weights != RANDOM and _is_folder(weights):
         where, folder, weights = f"hf:{weights}", Path(weights), None
     else:
-        folder = _folder(ref, weights)
+        folder = _folder(ref, weights, card)
     config, family = _config(folder, where)
     with _quietly():
         if weights == RANDOM:
@@ -86,17 +90,58 @@ def load(ref: str, *, weights: str | None = None, seed: int = 0) -> TorchBackbon
             model = _filled(config, family, read_weights(weights), where=f"{weights} in {where}")
         else:
             model = _filled(config, family, _state(folder, where), where=where)
-        arch = f"{config.model_type}-{fingerprint(_settings(config.to_dict()))[:8]}"
-        tower = family.tower(model, arch)
         preprocess = _preprocess(folder, config, family, random=weights == RANDOM, where=where)
         tokenizer = None
         if family.text is not None and (weights != RANDOM or has_tokenizer(folder)):
             length = family.text.context(config)
             tokenizer = HfTokenizer(folder, context_length=length, trim=family.text.trim, where=where)
+    return _backbone(name, config, family, model, preprocess, tokenizer)
+
+
+def _fresh_of_card(card: ModelCard, seed: int) -> TorchBackbone:
+    """A fresh initialisation of what ``card`` says of the repository's configuration."""
+    from transformers import AutoConfig
+
+    assert card.config is not None, card.id
+    kind = card.config["model_type"]
+    config = AutoConfig.for_model(**card.config)
+    with _quietly():
+        model = _fresh(config, FAMILIES[kind], seed)
+        tokenizer = _tokenizer_of_card(card, FAMILIES[kind], config)
+    return _backbone(f"hf:{card.arch}", config, FAMILIES[kind], model, card.preprocess, tokenizer)
+
+
+def _tokenizer_of_card(card: ModelCard, family: HfFamily, config: Any) -> HfTokenizer | MissingTokenizer | None:
+    """The tokenizer that was put in its place by hand, else the repository's, else one that says what to fetch."""
+    if family.text is None:
+        return None
+    length, folder = family.text.context(config), tokenizer_place(card.arch)
+    if not has_tokenizer(folder):
+        source = f"huggingface.co/{card.arch}"
+        line = f"{card.id}: its tokenizer is not on this machine and cannot be downloaded"
+        line = f"{line}; {how_to_place(source, folder)}"
+        try:
+            folder = _snapshot(card.arch, None, list(_DESCRIPTION), "")
+        except UserError:
+            return MissingTokenizer(line, context_length=length)
+        if not has_tokenizer(folder):
+            return MissingTokenizer(line, context_length=length)
+    return HfTokenizer(folder, context_length=length, trim=family.text.trim, where=f"hf:{card.arch}")
+
+
+def _backbone(
+    name: str,
+    config: Any,
+    family: HfFamily,
+    model: Any,
+    preprocess: Preprocess,
+    tokenizer: HfTokenizer | MissingTokenizer | None,
+) -> TorchBackbone:
+    tower = family.tower(model, f"{config.model_type}-{fingerprint(_settings(config.to_dict()))[:8]}")
     card = ModelCard(
         id=name,
         loader="hf",
-        arch=arch,
+        arch=tower.arch,
         preprocess=preprocess,
         text=TextSpec(tokenizer=tokenizer.name, context_length=tokenizer.context_length) if tokenizer else None,
         provides=tower.parts | ({"text"} if tokenizer else set()),
@@ -141,7 +186,7 @@ def _is_folder(ref: str) -> bool:
     return Path(ref).expanduser().is_dir()
 
 
-def _folder(ref: str, weights: str | None) -> Path:
+def _folder(ref: str, weights: str | None, card: ModelCard | None) -> Path:
     """The folder itself, or the repository's in the cache after whatever is missing was fetched."""
     if _is_folder(ref):
         return Path(ref).expanduser()
@@ -149,7 +194,7 @@ def _folder(ref: str, weights: str | None) -> Path:
         raise UserError(f"hf:{ref}: no such folder, and not a repository's name (hf:facebook/dinov2-base)")
     repository, _, revision = ref.partition("@")
     wanted = [*_DESCRIPTION, *(_SAFETENSORS if weights is None else ())]
-    advice = _by_hand(repository, weights)
+    advice = _by_hand(repository, weights, card)
     folder = _snapshot(repository, revision or None, wanted, advice)
     if weights is None and not any(folder.glob("model*.safetensors*")):
         folder = _snapshot(repository, revision or None, [*wanted, _PICKLE], advice)
@@ -177,8 +222,16 @@ def _snapshot(repository: str, revision: str | None, patterns: list[str], advice
         raise UserError(f"hf:{repository}: not on this machine and cannot be downloaded ({reason}); {advice}") from None
 
 
-def _by_hand(repository: str, weights: str | None) -> str:
+def _by_hand(repository: str, weights: str | None, card: ModelCard | None) -> str:
     files, then = "config.json, preprocessor_config.json, model.safetensors and the tokenizer's files", ""
+    if card is not None:  # --model hf:FOLDER would lose its name, its preprocessing and its published numbers
+        if "text" not in card.provides:
+            files = "config.json, preprocessor_config.json and model.safetensors"
+        random = "; or --weights random for a fresh initialisation" if card.config is not None else ""
+        return (
+            f"fetch {files} from huggingface.co/{repository} elsewhere into one folder and pass --model {card.id} "
+            f"--weights FOLDER{random}"
+        )
     if weights == RANDOM:
         files, then = "config.json (and for tasks with texts the tokenizer's files)", " --weights random"
     elif weights is not None:

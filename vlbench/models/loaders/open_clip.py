@@ -32,6 +32,7 @@ from vlbench.models.loaders.shared import (
 )
 from vlbench.models.open_clip_import import import_open_clip
 from vlbench.models.text import Tokenizer, causal_text_embedding
+from vlbench.models.tokenizer_files import has_tokenizer, tokenizer_digest, tokenizer_place
 from vlbench.models.towers import ClipOtherTower, ClipResNetTower, ClipTimmTower, ClipViTTower, VisualTower
 from vlbench.models.vision import open_clip_config
 from vlbench.models.weights import load_strictly, read_weights
@@ -93,17 +94,15 @@ def _from_folder(folder: Path, weights: str | None, seed: int, *, repository: st
     if file is None:
         raise UserError(f"open_clip:{called}: has none of {', '.join(_WEIGHT_FILES)}; pass --weights FILE or random")
     quick_gelu = bool(config.get("quick_gelu", False))
-    # A folder's name says nothing of what is in it, so the configuration itself is part of the architecture's name.
-    name = f"{repository or folder.resolve().name}-{fingerprint(config)[:8]}"
+    # The configuration alone is the architecture's name: a folder that is renamed or moved holds the same model.
+    name = f"open_clip-{fingerprint(config)[:8]}"
     model = _model(place, None, quick_gelu=quick_gelu, seed=seed)
     if file != RANDOM:
         load_strictly(model, _adapted(model, read_weights(file)), where=f"{file} in {folder / _CONFIG_FILE}")
     known = {key: preprocessing[key] for key in _PREPROCESSING if preprocessing.get(key) is not None}
-    backbone = _backbone(
-        model, name, "", config, quick_gelu=quick_gelu, preprocessing=known, called=called, place=place
-    )
-    if repository:
-        backbone.card = backbone.card.model_copy(update={"id": f"open_clip:{called}"})
+    backbone = _backbone(model, name, "", config, quick_gelu=quick_gelu, preprocessing=known, folder=folder)
+    displayed = f"open_clip:{called}" if repository else f"open_clip:{folder.resolve().name}-{fingerprint(config)[:8]}"
+    backbone.card = backbone.card.model_copy(update={"id": displayed})
     return backbone
 
 
@@ -227,12 +226,11 @@ def _backbone(
     *,
     quick_gelu: bool,
     preprocessing: dict[str, Any],
-    called: str | None = None,
-    place: str | None = None,
+    folder: Path | None = None,
 ) -> TorchBackbone:
-    """``called`` and ``place``: where a tokenizer of its own is found, as a name for it and as open_clip looks."""
+    """``folder``: of a model that is not among open_clip's own; its tokenizer lies there too."""
     size = model.visual.image_size
-    text = _text_spec(called or name, config)
+    text, place = _text_spec(name, config, folder)
     tower = _tower(model.visual, name, int(config["embed_dim"]))
     model.visual = tower
     # The activation leaves no trace in the weights, so the architecture's name has to carry it.
@@ -249,7 +247,7 @@ def _backbone(
         params=count_params(tower),
     )
     causal = _causal_text(model)
-    read = Tokenizer(text, trim=causal is not None, place=place if text.tokenizer != "open_clip" else None)
+    read = Tokenizer(text, trim=causal is not None, place=place)
 
     def image_fn(images_BCHW: torch.Tensor, *, dense: bool = False) -> Features:
         return tower.features(images_BCHW, dense=dense)
@@ -288,12 +286,24 @@ def _causal_text(model: Any) -> Any | None:
     return text if pool == "argmax" and getattr(text, "attn_mask", None) is not None and plain else None
 
 
-def _text_spec(name: str, config: dict[str, Any]) -> TextSpec:
+def _text_spec(name: str, config: dict[str, Any], folder: Path | None) -> tuple[TextSpec, str | None]:
+    """What the text tower reads, and where open_clip finds that tokenizer, where its name does not say so.
+
+    A tokenizer whose files are here is named after them. One of open_clip's own models has the hub's, named after the
+    model, unless one was put in its place by hand.
+    """
     text = config["text_cfg"]
-    own = text.get("hf_tokenizer_name") or text.get("tokenizer_kwargs") or "siglip" in name.lower()
-    return TextSpec(
-        tokenizer=f"open_clip:{name}" if own else "open_clip", context_length=text.get("context_length", 77)
-    )
+    length, repository = text.get("context_length", 77), text.get("hf_tokenizer_name")
+    if not (repository or text.get("tokenizer_kwargs") or (folder is None and "siglip" in name.lower())):
+        return TextSpec(tokenizer="open_clip", context_length=length), None
+    place = name if folder is None else f"local-dir:{folder}"
+    if folder is None and repository and has_tokenizer(tokenizer_place(repository)):
+        folder = tokenizer_place(repository)
+    if folder is None:
+        return TextSpec(tokenizer=f"open_clip:{name}", context_length=length), None
+    settings = fingerprint({key: text.get(key) for key in ("tokenizer_kwargs", "tokenizer_mode")})
+    named = f"open_clip:tokenizer-{tokenizer_digest(folder, settings=settings)}"
+    return TextSpec(tokenizer=named, context_length=length), place
 
 
 def _preprocess(name: str, size: int | tuple[int, int], preprocessing: dict[str, Any]) -> Preprocess:
