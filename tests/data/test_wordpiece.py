@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from vlbench.core.errors import UserError
-from vlbench.data.wordpiece import SPECIAL, WordPieceTokenizer, read_wordpiece, train_wordpiece
+from vlbench.data.shapes.language import captions
+from vlbench.data.shapes.scene import sample_scene
+from vlbench.data.wordpiece import SPECIAL, WordPieceTokenizer, read_wordpiece, train_wordpiece, unknown_share
 
 SENTENCES = (
     "A small red circle left of a large blue square.",
@@ -129,6 +131,29 @@ def test_the_alphabet_is_bounded_and_rare_letters_are_unknown() -> None:
     assert 1 not in read.ids("the cat")
     many = "".join(chr(0x4E00 + index) for index in range(500))
     assert len(vocabulary(train_wordpiece([many] * 3, 100))) <= 100
+
+
+def test_the_alphabet_grows_with_the_scripts_and_not_with_rare_letters() -> None:
+    han = [chr(0x4E00 + index) for index in range(1500)]
+    texts = ["".join(han)] * 3 + ["the cat sat on the mat"] * 50
+    content = train_wordpiece(texts, 100_000, lower=False)
+    assert unknown_share(content, texts) == 0
+    assert set(han) <= set(vocabulary(content))
+    assert unknown_share(train_wordpiece(texts, 100_000, lower=False, alphabet=1000), texts) > 0.1
+    # A letter that is less than 1 in 100,000 is left out, once there are 1000 others.
+    rare = chr(0x4E00 + 5000)
+    frequent = ["".join(han)] * 200
+    assert rare not in vocabulary(train_wordpiece([*frequent, rare], 100_000, lower=False))
+    assert rare in vocabulary(train_wordpiece([*frequent[:50], rare], 100_000, lower=False))
+    assert unknown_share(content, ["", " "]) == 0
+
+
+def test_one_languages_vocabulary_is_what_it_was_with_a_thousand_letters() -> None:
+    """Captions of the embedded world, of which presets learn, and texts of 30 letters: the same bytes."""
+    scenes = (sample_scene(0, "pairs", index) for index in range(200))
+    world = [caption for scene in scenes for caption in captions(scene)["en"]]
+    for texts, size in ((world, 512), (world, 200), (corpus(), 600), ([*SENTENCES] * 5, 30_522)):
+        assert train_wordpiece(texts, size) == train_wordpiece(texts, size, alphabet=1000)
 
 
 def test_the_tokenizer_travels_and_names_its_vocabulary() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -49,6 +50,33 @@ def test_batches_do_not_depend_on_workers_ranks_parts_or_start(settings: Callabl
     assert torch.equal(joined(feed(settings(), start=5)), whole[40:])
     ranks = [feed(settings("accumulate=2"), here=Ranks(rank, 2)) for rank in range(2)]
     assert torch.equal(joined([batch for pair in zip(*ranks, strict=True) for batch in pair]), whole)
+
+
+RAND_AUGMENT = "augment.rand_augment=rand-m9-n3-p1-mstd0.5-inc1"
+
+
+def test_rand_augment_is_a_function_of_the_position(settings: Callable[..., Any]) -> None:
+    """Though timm draws from the generators of the process, of which every loader process has its own."""
+    whole = joined(feed(settings(RAND_AUGMENT)))
+    plain = joined(feed(settings()))
+    assert torch.mean((whole != plain).flatten(1).any(1).float()) > 0.9
+    for other in (["workers=2"], ["accumulate=4"]):
+        random.seed(len(other[0]))
+        np.random.seed(len(other[0]))
+        assert torch.equal(joined(feed(settings(RAND_AUGMENT, *other))), whole)
+    assert torch.equal(joined(feed(settings(RAND_AUGMENT), start=5)), whole[40:])
+    filled = joined(feed(settings(RAND_AUGMENT, "eval_images.mean=[1, 0, 0]")))
+    assert not torch.equal(filled, whole), "what is shifted in has the colour of the mean"
+
+
+def test_run_with_rand_augment_is_resumed_to_the_bit(settings: Callable[..., Any], tmp_path: Path) -> None:
+    stopped_and_resumed(settings(RAND_AUGMENT, "checkpoint_every=2"), tmp_path, stop=3)
+
+
+def test_rand_augment_is_refused_where_boxes_would_have_to_follow() -> None:
+    muvla = RECIPES.get("muvla")
+    with pytest.raises(UserError, match=r"^augment.rand_augment=rand-m9.*: muvla learns from regions; leave it out$"):
+        open_mixture(muvla, override(muvla.presets["tiny"], ["augment.rand_augment=rand-m9"]))
 
 
 def test_positions_cut_every_batch_into_parts_and_ranks(settings: Callable[..., Any]) -> None:

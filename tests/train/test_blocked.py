@@ -12,14 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.recipes.test_recipes import batch_of
 from tests.train.conftest import on_ranks
 from vlbench.core.catalog import RECIPES
 from vlbench.core.config import override
 from vlbench.core.errors import UserError
+from vlbench.recipes.unicl.variants import caption_loss
 from vlbench.train.blocked import blocked_cross_entropy
 from vlbench.train.config import PretrainConfig
 from vlbench.train.distributed import ranks, session
-from vlbench.train.losses import align_loss, clip_loss, image_to_text_loss, unicl_loss
+from vlbench.train.loop import fit
+from vlbench.train.losses import align_loss, clip_loss, image_to_text_loss, supcon_loss, unicl_loss
 
 LABELS = torch.tensor([0, 0, 1, 2, -1, 1, -1, 5, 5, 5, -1, 3] * 4)
 
@@ -29,6 +32,8 @@ LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "image_to_text": lambda u, v, s, labels, block: image_to_text_loss(u, v, labels, s, block=block),
     "align": lambda u, v, s, labels, block: align_loss(u, v, 1 / s, block=block),
     "align, unsmoothed": lambda u, v, s, labels, block: align_loss(u, v, 1 / s, 0.0, block=block),
+    "supcon": lambda u, v, s, labels, block: sum(supcon_loss(z, labels, 1 / s, block=block) for z in (u, v)),
+    "captions": lambda u, v, s, labels, block: caption_loss(u, v, labels, s, block=block),
 }
 
 
@@ -156,6 +161,64 @@ def test_recipes_take_their_losses_in_blocks(recipe: str, monkeypatch: pytest.Mo
     assert set(asked) == {5}
     whole = pairs.contrast(*inputs(torch.float64), batch, override(config, ["loss_block=null"]))
     assert blocked.item() == pytest.approx(whole.item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("labels", [[0], [-1], [0, 1, 2, -1], [-1] * 4, [3] * 4, [0, 0, -1, -1]])
+@pytest.mark.parametrize("kind", ["supcon", "captions"])
+def test_rows_that_count_for_nothing_are_worth_zero_in_blocks_too(kind: str, labels: list[int]) -> None:
+    """No positive at all, no caption at all, no label at all; a batch of one."""
+    given = inputs(torch.float64, rows=len(labels))
+    plain, blocked = (LOSSES[kind](*given, torch.tensor(labels), block) for block in (None, 3))
+    for mine, theirs in zip(
+        (blocked, *torch.autograd.grad(blocked, given)), (plain, *torch.autograd.grad(plain, given))
+    ):
+        assert mine.isfinite().all()
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["supcon", "multi_task", "label_embedding"])
+def test_variants_take_their_own_losses_in_blocks(variant: str) -> None:
+    """Through the model: the loss and every parameter's gradient are those of the whole matrix."""
+    recipe = RECIPES.get("unicl")
+    small = [
+        "visual.image_size=32",
+        "text.width=32",
+        "text.layers=1",
+        "text.heads=2",
+        "embed_dim=16",
+        f"variant={variant}",
+    ]
+    labels, found = [0, 0, 1, -1, -1, 1, -1, 2] if variant == "multi_task" else [0, 0, 1, 2, 1, 1, 0, 2], []
+    for block in ("null", "3"):
+        config = override(recipe.presets["tiny"], [*small, f"loss_block={block}"])
+        torch.manual_seed(0)
+        model = recipe.build(config, ("ring", "star", "wave"))
+        loss = recipe.loss(model, batch_of(recipe, config, ["a ring", "two stars"] * 4, labels), config)["loss"]
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    for mine, theirs in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("supervised", []),
+        ("virtex", []),
+        ("virtex", ["variant=masked_lm"]),
+        ("muvla", []),
+        ("unicl", ["variant=cross_entropy"]),
+    ],
+)
+def test_a_block_where_there_is_no_matrix_is_refused_in_one_line(
+    name: str, settings: list[str], tmp_path: Path
+) -> None:
+    recipe = RECIPES.get(name)
+    config = override(recipe.presets["tiny"], ["loss_block=8", *settings])
+    with pytest.raises(UserError, match=f"^loss_block=8: {name}.* does not compare .*; leave loss_block out$") as error:
+        fit(recipe, config, out=tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_block_of_no_rows_is_one_clear_line() -> None:

@@ -120,6 +120,18 @@ def test_unicl_loss_floor_is_the_mean_log_number_of_positives() -> None:
     ).item() == pytest.approx(math.log(8), abs=1e-5)
 
 
+def test_unicl_floor_of_imagenets_1000_classes_in_a_batch_of_4096_is_1_543() -> None:
+    """Labels drawn evenly from 1,000 classes, and an embedding that is the class."""
+    drawn = [torch.randint(1000, (4096,), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    floors = [labels.bincount()[labels].double().log().mean().item() for labels in drawn]
+    assert np.mean(floors) == pytest.approx(1.543, abs=0.01)
+    # Unit vectors whose closest pair is far enough apart for the scale: the loss at its minimum, in blocks for memory.
+    classes = F.normalize(torch.randn(1000, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=1)
+    perfect = classes[drawn[0]]
+    assert unicl_loss(perfect, perfect, drawn[0], 1000.0, block=256).item() == pytest.approx(floors[0], abs=1e-6)
+    assert unicl_loss(perfect, perfect, drawn[0], 5.0, block=256).item() > floors[0] + 0.5
+
+
 def test_image_to_text_loss_is_the_first_term_of_unicls() -> None:
     image, text, s = unit(12), unit(13), scale(9.0)
     labels = torch.tensor([0, 0, 1, 2, -1, 1, -1, 5, 5, 5, -1, 3])

@@ -20,6 +20,7 @@ from vlbench.core.cards import Preprocess
 from vlbench.core.config import Config
 from vlbench.core.later import compiler_later
 from vlbench.core.types import Region
+from vlbench.data.rand_augment import check_words, rand_augment
 
 with compiler_later():
     from torchvision.transforms import InterpolationMode
@@ -45,6 +46,11 @@ class Augment(Config):
         default=(0.0, 0.0, 0.0, 0.0), description="strength of brightness, contrast, saturation, hue (at most 0.5)"
     )
     jitter_p: float = Field(default=1.0, ge=0, le=1, description="share of the images whose colours are jittered")
+    rand_augment: str | None = Field(
+        default=None,
+        description="RandAugment in timm's words, for instance rand-m9-mstd0.5-inc1, before color_jitter; it changes "
+        "colours and places, so it is wrong where a text names them; None: none",
+    )
     random_erasing: float = Field(default=0.0, ge=0, le=1, description="share of the images with an erased rectangle")
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
 
@@ -58,6 +64,8 @@ class Augment(Config):
             raise ValueError(f"color_jitter: strengths are not negative, got {list(self.color_jitter)}")
         if self.color_jitter[3] > _MAX_HUE:
             raise ValueError(f"color_jitter: the hue's strength is at most {_MAX_HUE}, got {self.color_jitter[3]}")
+        if self.rand_augment is not None:
+            check_words(self.rand_augment)
         return self
 
 
@@ -146,7 +154,12 @@ def _least_side(box_xyxy: Sequence[float]) -> float:
 
 
 def augment(
-    image: Image.Image, rng: np.random.Generator, augment: Augment, size: tuple[int, int]
+    image: Image.Image,
+    rng: np.random.Generator,
+    augment: Augment,
+    size: tuple[int, int],
+    *,
+    fill: tuple[float, float, float] = (0.5, 0.5, 0.5),
 ) -> tuple[torch.Tensor, View]:
     """One random view of an RGB image. All randomness comes from ``rng``.
 
@@ -155,9 +168,10 @@ def augment(
         rng: the generator of this sample.
         augment: what to do.
         size: height, width of the view.
+        fill: the colour, from 0 to 1, that ``rand_augment`` puts where nothing of the view is left.
 
     Returns:
-        The view as ``uint8`` CHW, and which part of the image it is.
+        The view as ``uint8`` CHW, and which part of the image it is, but for what ``rand_augment`` has moved.
     """
     resample = Image.Resampling.BICUBIC if augment.interpolation == "bicubic" else Image.Resampling.BILINEAR
     if augment.resize_to is None:
@@ -169,6 +183,8 @@ def augment(
     flipped = augment.flip and rng.random() < 0.5
     if flipped:
         view = view.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if augment.rand_augment is not None:
+        view = rand_augment(view, rng, augment.rand_augment, resample=resample, fill=fill)
     if any(augment.color_jitter) and rng.random() < augment.jitter_p:
         view = _jitter(view, rng, augment.color_jitter)
     view_CHW = tf.pil_to_tensor(view)

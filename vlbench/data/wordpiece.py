@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ PAD, UNKNOWN, START, END, MASK = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", 
 _LENGTH_STEP = 16  # why: models/text.py
 _MIN_COUNT = 2  # a pair of pieces that occurs once is a name, not a part of words
 _WORDS_A_LINE = 1000
+_ALPHABET = 1000
+_LEFT_OUT = 1e-5  # of all letters of the texts: a few words in 100,000 are [UNK]
 
 
 class WordPieceConfig(Config):
@@ -42,11 +45,11 @@ class WordPieceConfig(Config):
     )
     lower: bool = Field(default=True, description="lower-case texts; false for several languages, as BERT's was")
     strip_accents: bool | None = Field(default=None, description="None: where lower is on, BERT's rule")
-    alphabet: int = Field(
-        default=1000,
+    alphabet: int | None = Field(
+        default=None,
         ge=1,
         description="characters at most, the most frequent; words with others are [UNK]. Never more than fill half of "
-        "the vocabulary. Several scripts need more",
+        "the vocabulary. None: 1000, or as many more as the scripts of the texts need: all but 1 in 100,000 letters",
     )
     max_examples: int | None = Field(
         default=None, ge=1, description="learn from so many examples of each source, evenly spaced; None: from all"
@@ -59,7 +62,7 @@ def train_wordpiece(
     *,
     lower: bool = True,
     strip_accents: bool | None = None,
-    alphabet: int = 1000,
+    alphabet: int | None = None,
 ) -> bytes:
     """A WordPiece vocabulary of ``texts``, as ``tokenizer.json``. The same texts, in any order, give the same bytes.
 
@@ -68,7 +71,7 @@ def train_wordpiece(
         size: tokens at most; fewer where the texts have no more.
         lower: lower-case.
         strip_accents: None: where ``lower`` is on.
-        alphabet: characters at most.
+        alphabet: characters at most, the most frequent; None: as many as ``WordPieceConfig`` says.
 
     Raises:
         UserError: where there is not a word in the texts.
@@ -85,9 +88,10 @@ def train_wordpiece(
     for word, count in words.items():
         for letter in word:
             letters[letter] += count
+    ordered = sorted(letters, key=lambda letter: (-letters[letter], letter))
     # Each letter is two tokens, "x" and "##x".
-    limit = max(1, min(alphabet, (size - len(SPECIAL)) // 4))
-    known = sorted(sorted(letters, key=lambda letter: (-letters[letter], letter))[:limit])
+    limit = max(1, min(alphabet or _needed(letters, ordered), (size - len(SPECIAL)) // 4))
+    known = sorted(ordered[:limit])
     readable = {word: count for word, count in sorted(words.items()) if set(word) <= set(known)}
     learner = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
     learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -102,6 +106,29 @@ def train_wordpiece(
         learner.train_from_iterator(_lines(readable), trainer)
     tokens = learner.get_vocab()
     return _serialised(sorted(tokens, key=tokens.__getitem__), lower, strip_accents)
+
+
+def _needed(letters: Counter[str], ordered: Sequence[str]) -> int:
+    """How many letters to know where nobody has said: 1000, BERT's number for one language, if they suffice.
+
+    Han characters alone are several thousand, and a number that grew with the vocabulary would fill an English one
+    with letters that occur once on the web. So it grows with what the texts are written in, by frequency.
+    """
+    left, allowed, needed = letters.total(), _LEFT_OUT * letters.total(), 0
+    while left > allowed:
+        left -= letters[ordered[needed]]
+        needed += 1
+    return max(_ALPHABET, needed)
+
+
+def unknown_share(content: bytes, texts: Iterable[str]) -> float:
+    """The share of the tokens of ``texts`` that are ``[UNK]`` under a vocabulary; 0 where there is no token."""
+    read, total, unknown = WordPieceTokenizer(content, context_length=sys.maxsize), 0, 0
+    for text in texts:
+        ids = read.ids(text)[1:-1]
+        total += len(ids)
+        unknown += ids.count(read.unknown)
+    return unknown / total if total else 0.0
 
 
 def read_wordpiece(path: str | Path, *, lower: bool = True, strip_accents: bool | None = None) -> bytes:
@@ -163,6 +190,8 @@ class WordPieceTokenizer:
         ids = self._encoder.get_vocab()
         _check_special(sorted(ids, key=ids.__getitem__), where)
         self._start, self._end = ids[START], ids[END]
+        self.unknown = ids[UNKNOWN]
+        """The id of words that cannot be made of known pieces."""
         self.size = max(ids.values()) + 1
         """Rows that a token embedding needs."""
         name = f"wordpiece:{hashlib.sha256(content).hexdigest()[:8]}"

@@ -18,7 +18,7 @@ from torch.utils.data import Sampler
 
 from vlbench.core.errors import BadExample, UserError
 from vlbench.core.fingerprint import fingerprint_words
-from vlbench.core.types import Example, Recipe, Sample
+from vlbench.core.types import Example, Part, Recipe, Sample, Source
 from vlbench.data.images import decode
 from vlbench.data.loading import loaded
 from vlbench.data.prompting import draw_text
@@ -51,21 +51,27 @@ def open_mixture(recipe: Recipe, config: PretrainConfig, *, here: Ranks = _ALONE
     """
     if not config.data:
         raise UserError(f"pretrain {recipe.name}: this preset has no data of its own; give --data SPEC (once or more)")
+    needs, learner = recipe.needs_of(config), _learner(recipe, config)
+    if "regions" in needs and config.augment.rand_augment is not None:
+        raise UserError(
+            f"augment.rand_augment={config.augment.rand_augment} turns and shifts images, and boxes stay where they "
+            f"are: {learner} learns from regions; leave it out"
+        )
     specs = [parse_spec(text) for text in config.data]
     sources = [open_source(spec) for spec in specs]
-    needs, learner = recipe.needs_of(config), _learner(recipe, config)
     for source in sources:
         if source.provides & _QUESTIONS:
             raise UserError(f"data {source.spec!r} asks about images; nothing is pretrained on that: leave it out")
-        if "label" in needs and not source.classes:
+        lacking = _lacking(source, needs)
+        if "label" in lacking:
             rest = [f"--data {text}" for text, other in zip(config.data, sources) if other.classes]
             raise UserError(
                 f"data {source.spec!r} has no labels, and {learner} learns from labels; leave it out"
                 + (f": {' '.join(rest)}" if rest else "")
             )
-        if "text" in needs and not source.classes and "text" not in source.provides:
+        if "text" in lacking:
             raise UserError(f"data {source.spec!r} has neither texts nor labels, and {learner} learns from texts")
-        if "regions" in needs and "regions" not in source.provides:
+        if "regions" in lacking:
             raise UserError(f"data {source.spec!r} has no regions, and {learner} learns from them; leave it out")
     return Mixture(
         sources,
@@ -76,6 +82,23 @@ def open_mixture(recipe: Recipe, config: PretrainConfig, *, here: Ranks = _ALONE
         needs=needs,
         by_shard=_by_shard(config, here) if config.order == "shards" else None,
     )
+
+
+def usable_data(recipe: Recipe, config: PretrainConfig) -> tuple[str, ...]:
+    """Those of ``config.data`` that have the parts needed under these settings; all of them where none has.
+
+    For a variant that needs others than its preset was made for: labels, say, where a part of the data has captions
+    alone.
+    """
+    needs = recipe.needs_of(config)
+    usable = tuple(text for text in config.data if not _lacking(open_source(parse_spec(text)), needs))
+    return usable or config.data
+
+
+def _lacking(source: Source, needs: frozenset[Part]) -> frozenset[Part]:
+    """What is needed and neither there nor, as a text is from a label, to be made."""
+    there = (source.provides - {"label"}) | ({"label", "text"} if source.classes else set())
+    return (needs & {"label", "text", "regions"}) - there
 
 
 def _by_shard(config: PretrainConfig, here: Ranks) -> ByShard:
@@ -128,15 +151,17 @@ class Samples:
         assert example.image is not None, "the mixture checks this"
         side = self.config.visual.image_size
         image = decode(example.image, where=example.id)
-        image_CHW, view = augment(image, rng, self.config.augment, (side, side))
+        image_CHW, view = augment(image, rng, self.config.augment, (side, side), fill=self.config.eval_images.mean)
         text = self._text(templates, example, label, rng) if "text" in self._needs else None
+        with_regions = "regions" in self._needs
         return Sample(
             image_CHW=image_CHW,
             text=text,
             label=label,
             flipped=view.flipped,
             id=example.id,
-            regions=view.regions(example.regions) if "regions" in self._needs else (),
+            regions=view.regions(example.regions) if with_regions else (),
+            categories=frozenset(region.category for region in example.regions) if with_regions else frozenset(),
             seed=int(rng.integers(2**63)),
         )
 

@@ -1,7 +1,7 @@
 """Which parts of a network repeat: transformer blocks, residual blocks.
 
-They are what is recomputed (``recompute``) and what is sharded (``sharding``), since each is called once, as a whole,
-and they hold nearly all activations and parameters. They are found by structure, so that a tower of any library does.
+They are what is recomputed (``recompute``) and what is sharded (``sharding``), since each is called as a whole, and
+they hold nearly all activations and parameters. They are found by structure, so that a tower of any library does.
 """
 
 from __future__ import annotations

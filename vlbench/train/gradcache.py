@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vlbench.core.errors import UserError
 from vlbench.core.types import Recipe
-from vlbench.train.run_config import RunConfig
+from vlbench.train.run_config import RunConfig, learner
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -52,11 +52,9 @@ def contrastive(recipe: Recipe, config: RunConfig) -> Contrastive:
     """
     found = getattr(recipe, "contrastive", lambda _: None)(config)
     if found is None:
-        variant = getattr(config, "variant", None)
-        name = recipe.name if variant is None else f"{recipe.name} (variant {variant})"
         raise UserError(
-            f"grad_cache=true: {name} does not compare images with texts across the batch, so there is nothing to "
-            "cache; leave grad_cache out, accumulate alone is exact or as near as it gets"
+            f"grad_cache=true: {learner(recipe.name, config)} does not compare images with texts across the batch, so "
+            "there is nothing to cache; leave grad_cache out, accumulate alone is exact or as near as it gets"
         )
     return cast(Contrastive, found)
 

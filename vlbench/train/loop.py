@@ -29,6 +29,7 @@ from vlbench.data.stream import BadTally
 from vlbench.models.weights import asset_tensors, checkpoint_assets
 from vlbench.train import checkpoint
 from vlbench.train.batches import Batch
+from vlbench.train.blocked import check_blocks
 from vlbench.train.config import PretrainConfig
 from vlbench.train.distributed import Ranks, barrier, from_first, gather_objects, ranks
 from vlbench.train.feed import Feed, MixtureFeed
@@ -121,6 +122,7 @@ def fit(
     _check_division(config, here)
     if config.grad_cache:
         contrastive(recipe, config)
+    check_blocks(recipe, config)
     if not resume:
         checkpoint.check_unused(out)
     saved = checkpoint.load(out, recipe=recipe.name, config=config) if resume else None

@@ -120,7 +120,13 @@ def align_loss(
     return mean_over_ranks(directions)
 
 
-def supcon_loss(embed_BD: torch.Tensor, labels_B: torch.Tensor, temperature: torch.Tensor | float) -> torch.Tensor:
+def supcon_loss(
+    embed_BD: torch.Tensor,
+    labels_B: torch.Tensor,
+    temperature: torch.Tensor | float,
+    *,
+    block: int | None = None,
+) -> torch.Tensor:
     """Supervised contrastive loss L_out (Khosla et al., 2004.11362), its mean over anchors.
 
     With A(i) all samples but i, and P(i) those of A(i) that have i's label:
@@ -135,12 +141,15 @@ def supcon_loss(embed_BD: torch.Tensor, labels_B: torch.Tensor, temperature: tor
         embed_BD: unit-norm embeddings.
         labels_B: class ids from 0; -1 shares its label with nothing.
         temperature: tau itself, positive: logits are divided by it.
+        block: rows of logits held at once; None: all.
 
     Returns:
         The mean over the anchors that have a positive, in nats; 0, with a gradient of 0, where there is none.
     """
     classes_N = own_classes(gather_constant(labels_B))
     mine = _my_rows(embed_BD)
+    if block is not None:
+        return mean_over_ranks(_blocked_supcon(embed_BD, classes_N, mine, 1 / temperature, block))
     with torch.autocast(embed_BD.device.type, enabled=False):
         embed_BD = _precise(embed_BD)
         logits_BN = embed_BD @ gather(embed_BD).T / temperature
@@ -153,6 +162,28 @@ def supcon_loss(embed_BD: torch.Tensor, labels_B: torch.Tensor, temperature: tor
         anchors = gather_constant(count_B).count_nonzero().clamp(min=1)
         share = torch.where(count_B > 0, loss_B, 0.0).sum() * ranks().world / anchors
     return mean_over_ranks(share)
+
+
+def _blocked_supcon(
+    embed_BD: torch.Tensor, classes_N: torch.Tensor, mine: slice, scale: torch.Tensor | float, block: int
+) -> torch.Tensor:
+    """What ``supcon_loss`` takes the mean over ranks of, without its matrices."""
+    _, place_N, size_C = classes_N.unique(return_inverse=True, return_counts=True)
+    is_anchor_N = size_C[place_N] > 1
+    anchors = is_anchor_N.count_nonzero().clamp(min=1)
+    with torch.autocast(embed_BD.device.type, enabled=False):
+        embed_BD = _precise(embed_BD)
+        return blocked_cross_entropy(
+            embed_BD,
+            gather(embed_BD),
+            scale,
+            classes_B=classes_N[mine],
+            classes_N=classes_N,
+            smoothing=0.0,
+            block=block,
+            weights_B=is_anchor_N[mine].to(embed_BD.dtype) * ranks().world / anchors,
+            own_B=_own_rows(embed_BD)[mine],
+        )
 
 
 def own_classes(labels_N: torch.Tensor) -> torch.Tensor:

@@ -106,7 +106,8 @@ class RunConfig(Config):
     loss_block: int | None = Field(
         default=None,
         ge=1,
-        description="rows of a contrastive loss's logits that are in memory at once; None: all of this rank's",
+        description="rows of a contrastive loss's logits that are in memory at once; None: all of this rank's. For "
+        "recipes and variants with such a loss",
     )
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -151,6 +152,12 @@ class RunConfig(Config):
     def saves_at(self, step: int) -> bool:
         """Whether a checkpoint is written after ``step`` steps."""
         return step % self.checkpoint_every == 0 or step == self.steps
+
+
+def learner(recipe: str, config: RunConfig) -> str:
+    """What a message calls a recipe: its name, and the variant's where it has variants."""
+    variant = getattr(config, "variant", None)
+    return recipe if variant is None else f"{recipe} (variant {variant})"
 
 
 # Settings that change how fast a run goes or what it writes, never its weights: a resumed run may change them.

@@ -5,6 +5,12 @@ The numbers are those of data-parallel training up to rounding, and the checkpoi
 same names, gathered to the first rank, which any process can evaluate and the same number of processes can resume.
 
 Scalars (the logit scale) cannot be cut; every rank keeps them, and their gradients are averaged here.
+
+Every call of a block is a collective, and so is every gather of a loss; they share one process group. That is right on
+gloo and on NCCL as long as all ranks issue the same collectives in the same order, and needs no second group, which
+would not help where they do not: ranks would wait for each other forever. So blocks may not be called more often on one
+rank than on another for what is in its batch. The text towers, which on a CPU read short texts apart from long ones,
+are told to read a batch in one call. With dropout they then draw other masks than the same run without ``shard``.
 """
 
 from __future__ import annotations
@@ -20,6 +26,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vlbench.core.errors import UserError
+from vlbench.models.bert import BertTower
+from vlbench.models.text import TextTower
 from vlbench.train.blocks import blocks
 from vlbench.train.distributed import ranks
 
@@ -46,6 +54,9 @@ def shard_weights(module: nn.Module, device: torch.device, *, bf16: bool) -> Non
     for block in blocks(module):
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=kept)
     fully_shard(module, mesh=mesh, ignored_params=kept)
+    for part in module.modules():
+        if isinstance(part, TextTower | BertTower):
+            part.in_one_call = True  # its texts may not decide how many collectives a rank issues
     module.to(device)  # the scalars
 
 
