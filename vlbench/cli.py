@@ -1,4 +1,4 @@
-"""The command line: the argument tree and nothing else.
+"""The command line: the argument tree and nothing else; that of ``data``, which has verbs of its own, lies beside them.
 
 Every verb is one module of ``vlbench.verbs``, imported when it is called, so that ``vlbench --help`` and
 ``vlbench list`` answer without loading torch. Exit status: 0 all done; 1 something failed, the rest is finished
@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from vlbench import __version__
 from vlbench.core.errors import RunError, UserError
 from vlbench.core.names import nearest, unknown
+from vlbench.verbs import data_arguments
 
 _EXAMPLES = """\
 examples:
@@ -81,13 +82,15 @@ def program() -> int:
     """``main`` as a process of its own: what the ``vlbench`` command calls.
 
     torch makes some hundred thousand objects as it loads, none of them garbage. The collector would look through them
-    again and again meanwhile, and once more when the process ends: half a second of a short command's three.
+    again and again meanwhile, and once more when the process ends: half a second of a short command's three. But what
+    triton made, which torchvision loads, must be collected then: it prints sixty lines about all that is not.
     """
     gc.set_threshold(10_000, 10, 10)
     try:
         return main()
     finally:
-        gc.freeze()
+        if "triton" not in sys.modules:
+            gc.freeze()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -267,8 +270,9 @@ examples:
   vlbench verify --all --json published.json
 
 A published number is reproduced where it lies within the tolerance of ours, or else within our 95% interval. Only a
-model's own weights count as an attempt: never random ones, nor others under its name. Exit status: 0 nothing is off;
-1 something is.
+model's own weights count as an attempt: never random ones, nor others under its name. A file given to a card that knows
+no checksum (--model CARD --weights FILE) is judged, and the verdict says that the file could not be checked. Exit
+status: 0 nothing is off; 1 something is.
 """
 
 
@@ -306,118 +310,7 @@ def _list(sub: _Parser) -> None:
 def _show(sub: _Parser) -> None:
     sub.add_argument("what", choices=["recipe", "task", "dataset", "model"])
     sub.add_argument("name")
-
-
-def _data(sub: _Parser) -> None:
-    actions = sub.add_subparsers(dest="action", metavar="ACTION", parser_class=_Parser, required=True)
-    check = actions.add_parser(
-        "check", help="count what a data source holds and what is wrong with it", allow_abbrev=False
-    )
-    check.add_argument("spec", help="e.g. imagefolder:DIR, hf:DIR, wds:'DIR/{000..009}.tar', csv:FILE")
-    check.add_argument("--split", help="one split only (default: all)")
-    check.set_defaults(run="vlbench.verbs.data:run_check")
-    make = actions.add_parser("make", help="write the embedded world to a folder", allow_abbrev=False)
-    make.add_argument("world", choices=["shapes"])
-    make.add_argument("dir")
-    make.add_argument("--seed", type=int, default=0)
-    make.set_defaults(run="vlbench.verbs.data:run_make")
-    vocab = actions.add_parser(
-        "vocab", help="learn a vocabulary from captions, for virtex or align", allow_abbrev=False
-    )
-    vocab.add_argument(
-        "spec", nargs="+", help="data with captions, e.g. coco:DIR; the training split where there is one"
-    )
-    vocab.add_argument("--out", required=True, metavar="FILE")
-    vocab.add_argument(
-        "--kind",
-        choices=("sentencepiece", "wordpiece"),
-        default="sentencepiece",
-        help="sentencepiece: byte pairs, for virtex (default); wordpiece: as BERT's, for align",
-    )
-    vocab.add_argument("--size", type=int, help="the most pieces (default: the papers' 10000 and 100000)")
-    vocab.add_argument("--cased", action="store_true", help="wordpiece: keep capitals and accents")
-    vocab.add_argument("--language", action="append", metavar="CODE", help="of the captions (default: en); repeat")
-    vocab.set_defaults(run="vlbench.verbs.data:run_vocab")
-    weak = actions.add_parser(
-        "weakly-align",
-        help="find sentences for images by the tags of their regions, for mu-VLA",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    _weakly_align(weak)
-    weak.set_defaults(run="vlbench.verbs.weakly_align:run")
-    _data_filter(
-        actions.add_parser(
-            "filter",
-            help="copy webdataset shards without what ALIGN's rules remove",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-    )
-
-
-def _data_filter(sub: _Parser) -> None:
-    sub.add_argument("src", metavar="SRC", help="shards in img2dataset's layout: wds:DIR or wds:'DIR/{000..331}.tar'")
-    sub.add_argument("dst", metavar="DST", help="a new folder, or that of a killed call, which is then gone on with")
-    sub.add_argument("--min-side", type=int, metavar="PX", help="shorter side must be larger (default: 200)")
-    sub.add_argument("--max-aspect", type=float, metavar="X", help="longer over shorter side must be less (default: 3)")
-    sub.add_argument("--max-texts", type=int, metavar="N", help="most different texts of an image (default: 1000)")
-    sub.add_argument("--max-images", type=int, metavar="N", help="most different images of a text (default: 10)")
-    sub.add_argument(
-        "--top-ngrams", type=int, metavar="N", help="a text may hold only the N most frequent words and pairs (1e8)"
-    )
-    sub.add_argument("--min-words", type=int, metavar="N", help="fewest words of a text (default: 3)")
-    sub.add_argument("--max-words", type=int, metavar="N", help="most words of a text (default: 20)")
-    sub.add_argument("--against", action="append", metavar="SPEC", help="drop near-duplicates of these test images")
-    sub.add_argument("--near-duplicates", metavar="HOW", help="phash (default), or a model as in eval --model")
-    sub.add_argument("--max-distance", type=int, metavar="BITS", help="phash: differing bits of 64 (default: 4)")
-    sub.add_argument("--min-cosine", type=float, metavar="X", help="model: cosine must be larger (default: 0.975)")
-    sub.add_argument("--skip", action="append", metavar="RULE", help="switch a rule off; repeat for more")
-    sub.add_argument(
-        "--decode", action="store_true", default=None, help="decode every image in full (with --against: always)"
-    )
-    sub.add_argument("--allow-truncated", action="store_true", default=None, help="take what lies before a shard's cut")
-    sub.add_argument("--list-removed", choices=["jsonl", "parquet"], help="list every removed sample in DST/removed.*")
-    sub.add_argument("--keep-state", action="store_true", help="leave DST/.state, which a killed call goes on from")
-    sub.add_argument("--workers", type=int, help="processes (default: one a core, at most 8); the output is the same")
-    sub.add_argument("--memory", type=int, default=512, metavar="MIB", help="of counting, a process (default: 512)")
-    sub.add_argument("--device", help="model: cpu, cuda, cuda:1 (default: cuda where there is one)")
-    sub.add_argument("--batch-size", type=int, default=128, help="model: images per forward pass (default: 128)")
-    sub.epilog = """\
-rules, in order: unreadable, incomplete, small, aspect, many-texts, near-duplicate, shared-text, rare-ngram, length
-
-example:
-  vlbench data filter wds:'cc3m/{00000..00331}.tar' cc3m-filtered --against coco:coco --against karpathy:flickr30k
-"""
-    sub.set_defaults(run="vlbench.verbs.filter:run", parser=sub)
-
-
-def _weakly_align(sub: _Parser) -> None:
-    sub.add_argument("spec", nargs="+", help="images with tagged regions, e.g. coco:DIR or shapes")
-    sub.add_argument(
-        "--pool",
-        action="append",
-        metavar="SPEC",
-        help="sentences: a text file, one a line, or data whose captions are taken; may be repeated",
-    )
-    sub.add_argument("--out", required=True, metavar="FILE", help="the corpus, written whole or not at all")
-    sub.add_argument("--split", help="of the images (default: train, or all of unsplit data)")
-    sub.add_argument("--k", type=int, help="sentences an image (default: 5)")
-    sub.add_argument("--encoder", help="tfidf (default), minilm, or a Sentence-Transformers name or folder")
-    sub.add_argument("--chunker", help="noun phrases by spacy, by rules around the tags (tags), or auto (default)")
-    sub.add_argument("--metric", choices=["cosine", "l2"], help="cosine: the paper (default); l2: its released code")
-    sub.add_argument("--order", choices=["given", "sorted"], help="of the tags in a query (default: given)")
-    sub.add_argument("--exclude-own", action="store_true", default=None, help="never give an image its own caption")
-    sub.add_argument("--aligned", type=float, metavar="SHARE", help="share of images whose own caption comes first")
-    sub.add_argument("--min-link", type=float, metavar="COSINE", help="leave out weaker links (default: 0)")
-    sub.add_argument("--language", help="of captions, own and pooled (default: en)")
-    sub.add_argument("--seed", type=int, help="of the pool's order and the aligned share (default: 0)")
-    sub.epilog = """\
-examples:
-  vlbench data weakly-align shapes --out weak.arrow
-  vlbench data weakly-align coco:COCO --pool bookcorpus.txt --encoder minilm --out weak.arrow
-  vlbench data weakly-align coco:COCO --pool coco:COCO --exclude-own --k 10 --out weak.arrow
-"""
+    sub.add_argument("--preset", metavar="NAME", help="for recipes: this preset alone, in full")
 
 
 def _doctor(sub: _Parser) -> None:
@@ -445,6 +338,6 @@ _VERBS = (
     ("study", "vlbench.verbs.study:run", "recipes, backbones and seeds at equal budget, resumable", _study),
     ("list", "vlbench.verbs.listing:run_list", "list what there is", _list),
     ("show", "vlbench.verbs.listing:run_show", "show one recipe, task or model in full", _show),
-    ("data", "vlbench.verbs.data:run_check", "check a data source, or make the embedded world", _data),
+    ("data", "vlbench.verbs.data:run_check", "check a data source, or make the embedded world", data_arguments.fill),
     ("doctor", "vlbench.verbs.doctor:run", "say what works on this machine and what is missing", _doctor),
 )

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import re
 
 import pytest
 
 from tests.data.making import image_folder, png, write_files
+from vlbench.cli import main
 from vlbench.core.errors import UserError
 from vlbench.verbs.data import run_check, run_make, run_vocab
 
@@ -81,7 +83,8 @@ def test_vocab_writes_a_vocabulary_and_says_how_large_it_is(tmp_path, capsys):
 
     def args(size, language=None, kind="sentencepiece"):
         spec = [f"csv:{tmp_path / 'list.csv'}"]
-        return argparse.Namespace(spec=spec, out=str(out), size=size, language=language, kind=kind, cased=False)
+        given = {"size": size, "language": language, "kind": kind}
+        return argparse.Namespace(spec=spec, out=str(out), cased=False, alphabet=None, **given)
 
     assert run_vocab(args(25)) == 0
     said = capsys.readouterr().out
@@ -102,3 +105,40 @@ def test_vocab_writes_a_vocabulary_and_says_how_large_it_is(tmp_path, capsys):
     out.mkdir()
     with pytest.raises(UserError, match="a folder; name the file to write"):
         run_vocab(args(25))
+
+
+def test_vocab_of_many_characters_loses_none_and_a_small_alphabet_is_warned_of(tmp_path, capsys):
+    """2,500 different Han characters, each a word of its own: more than the thousand that one language has."""
+    rng = random.Random(0)
+    han = [chr(0x4E00 + number) for number in range(2500)]
+    texts = ["".join(han[start : start + 10]) for start in range(0, 2500, 10)] + ["".join(rng.choices(han, k=8))] * 20
+    write_files(tmp_path, {"0.png": png(0)})
+    (tmp_path / "zh.csv").write_text("filepath\ttitle\n" + "".join(f"0.png\t{text}\n" for text in texts))
+
+    def learn(*more):
+        words = ["data", "vocab", f"csv:{tmp_path / 'zh.csv'}", "--kind", "wordpiece", "--cased"]
+        status = main([*words, "--out", str(tmp_path / "zh.json"), *more])
+        return status, *capsys.readouterr()
+
+    status, out, err = learn("--size", "250000")
+    assert status == 0
+    assert ": 5,005 pieces, 5 of them special, from 270 captions\n[UNK]: 0.000% of the tokens" in out
+    assert "note: 250,000 were asked for; these captions have no more different words or parts of words\n" in out
+    assert err == ""
+    _, out, err = learn("--size", "250000", "--alphabet", "1000")
+    assert ": 2,005 pieces" in out
+    assert re.search(r"\[UNK\]: 5\d\.\d{3}% of the tokens", out)
+    assert "no more different words or parts of words, but for those that are [UNK]\n" in out
+    assert re.match(r"warning: 5\d\.\d% of the tokens are \[UNK\].*give a larger --alphabet or --size\n$", err)
+    _, out, err = learn("--size", "4000")
+    assert ": 2,001 pieces" in out, "five special ones, and two of each of 998 characters: half of the vocabulary"
+    assert re.match(r"warning: .* give a larger --size\n$", err)
+    status, _, err = learn("--alphabet", "0")
+    assert status == 2
+    assert err == (
+        "vlbench: error: --alphabet 0: a number of characters, 1 or more, for --kind wordpiece; sentencepiece knows "
+        "every character\n"
+    )
+    status, _, err = learn("--alphabet", "2000", "--kind", "sentencepiece")
+    assert status == 2
+    assert "sentencepiece knows every character" in err

@@ -93,6 +93,8 @@ def test_a_text_file_is_a_pool_and_settings_are_kept(spec, tmp_path, capsys):
         (("SPEC", "--pool", "SPEC", "--out", "w", "--metric", "l2"), "--metric l2 is for sentence encoders"),
         (("SPEC", "--pool", "SPEC", "--out", "w", "--metric", "l3"), "did you mean 'l2'"),
         (("SPEC", "--pool", "SPEC", "--out", "w", "--chunker", "tag"), "did you mean 'tags'"),
+        (("SPEC", "--pool", "SPEC", "--out", "w", "--labels", "l.tsv"), "name these with --features FILE.tsv"),
+        (("SPEC", "--pool", "SPEC", "--out", "w", "--features", "none"), "neither"),
         (("SPEC", "--pool", "SPEC", "--out", "."), "this is a folder"),
         (("SPEC", "--pool", "nothing.txt", "--out", "w"), "there is no such file or folder"),
         (("SPEC", "--pool", "SPEC"), "--out"),

@@ -48,7 +48,9 @@ class Config(BaseConfig):
     language: str = Field(default="en", description="language of the captions")
     seed: int = Field(default=0, ge=0, description="of the captions drawn")
     features: str | None = Field(
-        default=None, description="file of region features of the test images, for models that read such"
+        default=None,
+        description="file of region features of the test images, for models that read such (F.tsv?labels=L.tsv: with "
+        "its objects in a second file)",
     )
 
     def contents(self) -> list[str]:

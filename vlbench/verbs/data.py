@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vlbench.data.check import CheckReport, Problem, Spread
 
 _CLASSES_SHOWN = 5
+_MOST_UNKNOWN = 1e-3  # of the tokens of the captions that a vocabulary was learnt from
 
 
 def run_check(args: argparse.Namespace) -> int:
@@ -61,28 +62,43 @@ def run_vocab(args: argparse.Namespace) -> int:
     from vlbench.data.sources import open_source
     from vlbench.data.vocabulary import N_SPECIAL, Vocabulary, captions_of, learn_vocabulary
 
+    if args.alphabet is not None and (args.kind != "wordpiece" or args.alphabet < 1):
+        raise UserError(
+            f"--alphabet {args.alphabet}: a number of characters, 1 or more, for --kind wordpiece; sentencepiece knows "
+            "every character"
+        )
     sources = [open_source(spec) for spec in args.spec]
     languages = tuple(args.language or ("en",))
     captions = list(captions_of(sources, languages))
     where = f"the captions of {', '.join(args.spec)} in {', '.join(languages)}"
     if args.kind == "wordpiece":
-        from vlbench.data.wordpiece import SPECIAL, WordPieceTokenizer, train_wordpiece
+        from vlbench.data.wordpiece import SPECIAL, WordPieceTokenizer, train_wordpiece, unknown_share
 
         wanted, special, setting = args.size or 100_000, len(SPECIAL), "align --set vocabulary.file"
-        model = train_wordpiece(captions, wanted, lower=not args.cased)
-        size = WordPieceTokenizer(model, context_length=3).size
+        model = train_wordpiece(captions, wanted, lower=not args.cased, alphabet=args.alphabet)
+        size, unknown = WordPieceTokenizer(model, context_length=3).size, unknown_share(model, captions)
     else:
         wanted, special, setting = args.size or 10_000, N_SPECIAL, "virtex --set vocabulary"
         model = learn_vocabulary(captions, size=wanted, where=where)
-        size = len(Vocabulary(model))
+        size, unknown = len(Vocabulary(model)), 0.0
     out = Path(args.out).expanduser()
     if out.is_dir():
         raise UserError(f"--out {out}: a folder; name the file to write")
     with atomic_writer(out) as handle:
         handle.write(model)
     print(f"{args.out}: {size:,} pieces, {special} of them special, from {len(captions):,} captions")
+    if args.kind == "wordpiece":
+        print(f"[UNK]: {unknown:.3%} of the tokens of these captions")
     if size < wanted:
-        print(f"note: {wanted:,} were asked for; these captions have no more different words")
+        rest = ", but for those that are [UNK]" if unknown else ""
+        print(f"note: {wanted:,} were asked for; these captions have no more different words or parts of words{rest}")
+    if unknown > _MOST_UNKNOWN:
+        more = "--size" if args.alphabet is None else "--alphabet or --size"
+        print(
+            f"warning: {unknown:.1%} of the tokens are [UNK]: words with a character that is left out, or of more than "
+            f"100; for more characters give a larger {more}",
+            file=sys.stderr,
+        )
     print(f"use it with vlbench pretrain {setting}={args.out}")
     return 0
 

@@ -1,4 +1,4 @@
-"""How far the encoding of images has come: a bar on a terminal, a plain line now and then elsewhere."""
+"""How far work over images has come: a bar on a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ EVERY_SECONDS = 10.0
 
 
 class EncodingProgress:
-    """Called with ``(done, total)`` images. Writes to stderr, so that results can be piped."""
+    """Called with ``(done, total)`` images. Writes to stderr, so that results can be piped.
 
-    def __init__(self) -> None:
+    Args:
+        what: is done to them.
+    """
+
+    def __init__(self, what: str = "encoding") -> None:
+        self._what = what
         self._bar: Any = None
         self._task: Any = None
         self._began: float | None = None
         self._last_line = 0.0
 
     def __call__(self, done: int, total: int) -> None:
-        """Show that ``done`` of ``total`` images are encoded; equal numbers end the showing."""
+        """Show that ``done`` of ``total`` images are done; equal numbers end the showing."""
         now = time.monotonic()
         if self._began is None:
             self._began = self._last_line = now
@@ -29,7 +34,7 @@ class EncodingProgress:
             self._last_line = now
             rate = done / max(now - self._began, 1e-9)
             left = (total - done) / max(rate, 1e-9)
-            print(f"  encoding {done:,} of {total:,} images, {rate:,.0f}/s, {left:,.0f} s left", file=sys.stderr)
+            print(f"  {self._what} {done:,} of {total:,} images, {rate:,.0f}/s, {left:,.0f} s left", file=sys.stderr)
         if done >= total:
             self.close()
 
@@ -44,9 +49,14 @@ class EncodingProgress:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         if self._bar is None:
-            columns = (TextColumn("  encoding"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+            columns = (
+                TextColumn(f"  {self._what}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+            )
             self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task("encoding", total=total, rate="")
+            self._task = self._bar.add_task(self._what, total=total, rate="")
             self._bar.start()
         assert self._began is not None, "the bar is shown before the clock was started"
         rate = done / max(time.monotonic() - self._began, 1e-9)

@@ -30,6 +30,8 @@ def run(args: argparse.Namespace) -> int:
 
     given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
     settings = parse(AlignSettings, given, where="weakly-align")
+    if args.labels is not None and args.features is None:
+        raise UserError(f"--labels {args.labels}: labels are of region features; name these with --features FILE.tsv")
     pools = args.pool
     if not pools:
         if any(parse_spec(spec).kind != "shapes" for spec in args.spec):
@@ -47,7 +49,15 @@ def run(args: argparse.Namespace) -> int:
         progress=lambda done, total: show("reading the pool", done, total),
     )
     began = time.monotonic()
-    corpus = weakly_align(sources, sentences, out=out, settings=settings, progress=show)
+    corpus = weakly_align(
+        sources,
+        sentences,
+        out=out,
+        settings=settings,
+        features=args.features,
+        labels=args.labels,
+        progress=show,
+    )
     print("\n".join(summary_lines(corpus, pools, seconds=time.monotonic() - began)))
     return 0
 
@@ -59,6 +69,7 @@ def summary_lines(corpus: Corpus, pools: Sequence[str], *, seconds: float | None
     took = f", made in {seconds:,.0f} s" if seconds is not None else ""
     lines = [f"{corpus.path}: {counts['sentences']:,} sentences for {counts['images']:,} images{took}"]
     lines += _line("images from", " + ".join(made_of["data"]))
+    lines += _line("tags from", " + ".join(made_of.get("features", ())))
     lines += _line("sentences from", " + ".join(pools))
     lines += _line("encoder", f"{made_of['encoder']}, {settings['metric']}, exact search by {made_of['search']}")
     lines += _line("noun phrases by", made_of["chunker"])

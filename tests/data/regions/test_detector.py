@@ -1,52 +1,20 @@
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
 
-from tests.data.making import encoded, pixels
+from tests.data.making import pixels
+from tests.data.regions.calibrated import NAME, SMALL, calibrated
 from vlbench.core.errors import UserError
-from vlbench.core.types import Example
-from vlbench.data.regions.detector import TorchvisionDetector, extract
-from vlbench.data.regions.npz import NpzFolder
-from vlbench.data.sources import BaseSource
-
-NAME = "fasterrcnn_mobilenet_v3_large_320_fpn"  # the smallest of them
-SMALL = {"min_size": 64, "max_size": 96}
+from vlbench.data.regions.detector import TorchvisionDetector
 
 
 @pytest.fixture(scope="module")
 def detector():
-    """A random network whose statistics were set by a forward pass, so that its features differ between regions."""
-    made = TorchvisionDetector(NAME, weights="random", max_regions=7, min_score=0.0, **SMALL)
-    net = made._net
-    for module in net.backbone.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = 1.0
-    with torch.inference_mode():
-        net.backbone.train()(torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0)) * 4 - 2)
-        for weight in (net.roi_heads.box_predictor.cls_score.weight, net.roi_heads.box_head.fc6.weight):
-            weight.mul_(20)
-    net.eval()
-    return made
-
-
-class Pictures(BaseSource):
-    def __init__(self, images):
-        super().__init__("pictures", None, provides={"image"})
-        self._images = images
-
-    def __len__(self):
-        return len(self._images)
-
-    def __getitem__(self, index):
-        return Example(*list(self._images.items())[index])
-
-    def ids(self):
-        return list(self._images)
-
-    def labels(self):
-        return None
+    return calibrated()
 
 
 def test_regions_are_torchvision_s_detections_with_their_box_head_features(detector):
@@ -101,16 +69,34 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_extraction_writes_the_npz_of_each_image_once(detector, tmp_path):
-    pictures = {f"d/{i}": encoded(pixels(i, 40 + i, 64)) for i in range(5)} | {"bad": b"no image"}
-    source = Pictures(pictures)
-    counts = extract(source, detector, tmp_path)
-    assert counts == {"written": 5, "kept": 0, "bad": 1, "regions": counts["regions"]}
-    store = NpzFolder(tmp_path)
-    assert store.ids() == [f"d/{i}" for i in range(5)]
-    assert counts["regions"] == sum(len(store[name]) for name in store.ids())
-    again = detector(pixels(3, 43, 64))
-    np.testing.assert_allclose(store["d/3"].features_ND, again.features_ND, atol=2e-3 * np.abs(again.features_ND).max())
-    assert store["d/3"].tags == again.tags
-    (tmp_path / "d" / "1.npz").unlink()
-    assert extract(source, detector, tmp_path) == counts | {"written": 1, "kept": 4, "regions": len(store["d/1"])}
+def test_images_of_one_size_have_the_same_regions_together_and_alone(detector):
+    images = [pixels(i, 80, 120) for i in range(3)]
+    for image, regions in zip(images, detector.together(images, ["a", "b", "c"]), strict=True):
+        alone = detector(image)
+        assert regions.tags == alone.tags
+        np.testing.assert_allclose(regions.boxes_N4, alone.boxes_N4, atol=1e-3)
+        size = np.abs(alone.features_ND).max()
+        np.testing.assert_allclose(regions.features_ND, alone.features_ND, atol=2e-3 * size)
+
+
+def test_published_weights_are_taken_where_torchvision_keeps_them(detector, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    path = tmp_path / "checkpoints" / "fasterrcnn_mobilenet_v3_large_320_fpn-907ea3f9.pth"
+    with pytest.raises(
+        UserError, match=rf"{path}: there is no such .*save https://.*-907ea3f9\.pth there, or name ano"
+    ):
+        TorchvisionDetector(NAME, weights=None)
+    path.parent.mkdir()
+    # As the published files are: of frozen normalisation, which counts no batches, and without torch's metadata.
+    state = {key: value for key, value in detector._net.state_dict().items() if "num_batches" not in key}
+    torch.save(state, path)
+    options = {"max_regions": 3, "min_score": 0.0, **SMALL}
+    image = pixels(2, 64, 64)
+    found = TorchvisionDetector(NAME, weights=None, **options)
+    np.testing.assert_allclose(found(image).scores_N, detector(image).scores_N[:3], atol=1e-5)
+    assert found.width == found(image).features_ND.shape[1]
+    assert found.identity == {
+        "detector": NAME,
+        "weights": f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}",
+        **options,
+    }

@@ -10,7 +10,7 @@ import pytest
 from vlbench.core.errors import BadExample, UserError
 from vlbench.data.regions.features import box_vector
 from vlbench.data.regions.npz import NpzFolder, npz_path, read_npz, write_npz
-from vlbench.data.regions.open import open_regions
+from vlbench.data.regions.open import open_regions, stamp
 from vlbench.data.regions.vinvl import VinvlTsv
 
 BOXES = [[0.0, 0.0, 320.0, 240.0], [10.5, 20.0, 100.0, 60.0], [300.0, 200.0, 320.5, 240.9]]
@@ -90,10 +90,60 @@ def test_vinvl_features_of_a_whole_image_and_labels_in_another_file(tmp_path):
     three = open_regions(columns, labels=tmp_path / "labels.tsv")
     for store in (one, two, three):
         assert_first(store["a"])
-    with pytest.raises(BadExample, match=r"columns\.tsv a: bad region features: it has no 'objects'; give the file of"):
+    with pytest.raises(UserError, match=r"columns\.tsv a: it has no 'objects'; give the file of labels") as caught:
         VinvlTsv(columns)["a"]
+    assert not isinstance(caught.value, BadExample), "it is so of every line"
+    for name in ("feature_labels=FILE (pretrain muvla)", "--labels FILE", "features=FEATURES.tsv?labels=FILE"):
+        assert name in str(caught.value)
     with pytest.raises(BadExample, match=r"labels\.tsv has no line for it"):
         VinvlTsv(tsv(tmp_path / "more.tsv", [("z", whole)]), labels=tmp_path / "labels.tsv")["z"]
+
+
+def test_a_path_may_name_the_file_of_labels(tmp_path):
+    labels = record(0)
+    for item in labels["objects"]:
+        del item["feature"]
+    rows = tsv(tmp_path / "labels.tsv", [("a", labels)])
+    path = tsv(tmp_path / "features.tsv", [("a", {"num_boxes": 3, "features": b64(features(0))})])
+    both = f"{path}?labels={rows}"
+    store = open_regions(both)
+    assert_first(store["a"])
+    assert store.tags("a") == ("thing 0", "thing 1", "thing 2")
+    assert stamp(both) == stamp(path, labels=rows) != stamp(path)
+    before = stamp(both)
+    rows.write_text(rows.read_text().replace("thing 0", "other thing"))
+    assert stamp(both) != before
+    for wrong, kwargs, line in (
+        (both, {"labels": rows}, "two files of labels"),
+        (f"{path}?labels={tmp_path / 'absent.tsv'}", {}, r"absent\.tsv: No such file"),
+        (tmp_path, {"labels": rows}, r"a folder of \.npz files has its labels in them"),
+    ):
+        with pytest.raises(UserError, match=line):
+            open_regions(wrong, **kwargs)
+
+
+def test_tags_alone_are_those_of_the_regions_and_need_no_feature(tmp_path):
+    damaged = {"objects": [{"rect": BOXES[0], "class": "cat", "feature": "%%%"}]}
+    store = open_regions(
+        tsv(tmp_path / "f.tsv", [("a", record(0)), ("none", record(1, n=0)), ("b", record(0) | damaged)])
+    )
+    assert store.tags("a") == store["a"].tags
+    assert store.tags("none") == ()
+    assert store.tags("b") == ("cat",)
+    folder = tmp_path / "npz"
+    for name in ("a", "none"):
+        write_npz(npz_path(folder, name), store[name])
+    np.savez(npz_path(folder, "plain"), x=features(0), bbox=np.array(BOXES), image_w=320, image_h=240)
+    np.savez(npz_path(folder, "short"), x=features(0), bbox=np.array(BOXES), tags=np.array(["one"]))
+    npz_path(folder, "cut").write_bytes(npz_path(folder, "a").read_bytes()[:200])
+    found = open_regions(folder)
+    assert [found.tags(name) for name in ("a", "none", "plain")] == [store["a"].tags, (), ()]
+    for name, line in (("short", "3 boxes, 1 tags"), ("cut", "cannot be read")):
+        with pytest.raises(BadExample, match=line):
+            found.tags(name)
+    for each in (store, found):
+        with pytest.raises(KeyError):
+            each.tags("nobody")
 
 
 def test_vinvl_line_index_is_used_where_it_lies_beside(tmp_path):

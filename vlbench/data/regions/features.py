@@ -51,6 +51,9 @@ class RegionStore(Protocol):
     def __getitem__(self, image_id: str) -> RegionFeatures:
         """Raises KeyError for an id that is not there, BadExample for one whose entry is damaged."""
 
+    def tags(self, image_id: str) -> tuple[str, ...]:
+        """The class of each region, none where the file says none; no feature is decoded. Raises as ``[image_id]``."""
+
     def ids(self) -> Sequence[str]:
         """All ids, in the order of the file."""
 

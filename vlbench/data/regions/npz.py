@@ -49,6 +49,12 @@ class NpzFolder:
             raise KeyError(f"{self.folder} holds no {image_id}.npz")
         return read_npz(npz_path(self.folder, image_id))
 
+    def tags(self, image_id: str) -> tuple[str, ...]:
+        """The classes of an image's regions. Raises as ``[image_id]``."""
+        if image_id not in self._known:
+            raise KeyError(f"{self.folder} holds no {image_id}.npz")
+        return read_tags(npz_path(self.folder, image_id))
+
     def ids(self) -> Sequence[str]:
         """All ids, by name."""
         return self._ids
@@ -65,18 +71,7 @@ def npz_path(folder: Path, image_id: str) -> Path:
 def read_npz(path: Path | str) -> RegionFeatures:
     """One file. Raises BadExample where it cannot be read, lacks a key, or says what cannot be."""
     where = str(path)
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            missing = [key for key in _NEEDED if key not in data]
-            if missing:
-                raise BadExample(
-                    BAD_REGIONS, where, f"it has no {missing[0]!r}, only {', '.join(data.files) or 'nothing'}"
-                )
-            values = {key: data[key] for key in (*_NEEDED, "tags", "scores") if key in data}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        if isinstance(error, BadExample):
-            raise
-        raise BadExample(BAD_REGIONS, where, f"cannot be read: {str(error)[:120]}") from None
+    values = _arrays(path, _NEEDED, ("tags", "scores"))
     sides = [values[key].reshape(-1) for key in ("image_w", "image_h")]
     if any(len(side) != 1 for side in sides):
         raise BadExample(BAD_REGIONS, where, "image_w and image_h are not one number each")
@@ -88,6 +83,15 @@ def read_npz(path: Path | str) -> RegionFeatures:
         scores=values.get("scores"),
         where=where,
     )
+
+
+def read_tags(path: Path | str) -> tuple[str, ...]:
+    """The classes of one file's regions, without its features; none where it names none. Raises as ``read_npz``."""
+    values = _arrays(path, ("bbox",), ("tags",))
+    tags = tuple(map(str, values["tags"].reshape(-1).tolist())) if "tags" in values else ()
+    if tags and len(tags) != len(values["bbox"]):
+        raise BadExample(BAD_REGIONS, str(path), f"{len(values['bbox'])} boxes, {len(tags)} tags")
+    return tags
 
 
 def write_npz(path: Path | str, regions: RegionFeatures) -> None:
@@ -104,3 +108,20 @@ def write_npz(path: Path | str, regions: RegionFeatures) -> None:
         arrays["scores"] = regions.scores_N
     with atomic_writer(path) as handle:
         np.savez(handle, **arrays)  # type: ignore[arg-type]
+
+
+def _arrays(path: Path | str, needed: Sequence[str], others: Sequence[str]) -> dict[str, np.ndarray]:
+    """Some arrays of one file; ``others`` where it has them. Raises BadExample."""
+    where = str(path)
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            missing = [key for key in needed if key not in data]
+            if missing:
+                raise BadExample(
+                    BAD_REGIONS, where, f"it has no {missing[0]!r}, only {', '.join(data.files) or 'nothing'}"
+                )
+            return {key: data[key] for key in (*needed, *others) if key in data}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        if isinstance(error, BadExample):
+            raise
+        raise BadExample(BAD_REGIONS, where, f"cannot be read: {str(error)[:120]}") from None

@@ -60,6 +60,10 @@ class SizedRegions:
             )
         return found
 
+    def tags(self, image_id: str) -> tuple[str, ...]:
+        """The classes of an image's regions; its size is not looked at."""
+        return self._store.tags(image_id)
+
     def ids(self) -> Sequence[str]:
         """All ids of the store."""
         return self._store.ids()

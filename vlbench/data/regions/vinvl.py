@@ -29,6 +29,10 @@ from vlbench.data.regions.features import BAD_REGIONS, RegionFeatures, checked_r
 WIDTH = 2048
 _POSITION = 6
 _ID_BYTES = 4096
+_NO_OBJECTS = (
+    "give the file of labels too: feature_labels=FILE (pretrain muvla), --labels FILE (data weakly-align) or "
+    "features=FEATURES.tsv?labels=FILE (a task)"
+)
 
 
 class VinvlTsv:
@@ -40,7 +44,8 @@ class VinvlTsv:
         width: how many numbers of a feature are kept; a stored feature has as many, or six more.
 
     Raises:
-        UserError: for a file that is absent, or holds an id twice.
+        UserError: for a file that is absent, or holds an id twice; for a line without objects, where there are no
+            labels: all lines are so then, and not one of them is damaged.
     """
 
     def __init__(self, path: Path | str, *, labels: Path | str | None = None, width: int = WIDTH) -> None:
@@ -58,6 +63,19 @@ class VinvlTsv:
 
     def __getitem__(self, image_id: str) -> RegionFeatures:
         """The regions of an image. Raises KeyError, or BadExample where its line is damaged."""
+        return self._regions(self._record(image_id), f"{self.path} {image_id}")
+
+    def tags(self, image_id: str) -> tuple[str, ...]:
+        """The classes of an image's regions. Raises as ``[image_id]``."""
+        where = f"{self.path} {image_id}"
+        return _classes(_objects(self._record(image_id), where), where)
+
+    def ids(self) -> Sequence[str]:
+        """All ids, in the order of the lines."""
+        return list(self._offsets)
+
+    def _record(self, image_id: str) -> Any:
+        """What is said of an image, in one."""
         where = f"{self.path} {image_id}"
         columns = _columns(self.path, self._offsets[image_id])
         if len(columns) == 3:
@@ -69,16 +87,12 @@ class VinvlTsv:
                 raise BadExample(BAD_REGIONS, where, f"{self._labels_path} has no line for it")
             text = _columns(self._labels_path, self._labels[image_id])[1:]
             record = _joined(record, _parsed(text[0] if text else "", f"{self._labels_path} {image_id}"))
-        return self._regions(record, where)
-
-    def ids(self) -> Sequence[str]:
-        """All ids, in the order of the lines."""
-        return list(self._offsets)
+        elif isinstance(record, dict) and "objects" not in record:
+            raise UserError(f"{where}: it has no 'objects'; {_NO_OBJECTS}")
+        return record
 
     def _regions(self, record: Any, where: str) -> RegionFeatures:
-        objects = _value(record, "objects", where)
-        if not isinstance(objects, list) or not all(isinstance(item, dict) for item in objects):
-            raise BadExample(BAD_REGIONS, where, "its objects are not a list of objects")
+        objects = _objects(record, where)
         if "features" in record:
             features = self._decoded(record["features"], where, rows=len(objects))
             stated = record.get("num_boxes", len(objects))
@@ -94,7 +108,7 @@ class VinvlTsv:
             features,
             boxes,
             size=(_value(record, "image_w", where), _value(record, "image_h", where)),
-            tags=[str(_value(item, "class", f"{where} object {row}")) for row, item in enumerate(objects)],
+            tags=_classes(objects, where),
             scores=[item["conf"] for item in objects] if scored else None,
             where=where,
         )
@@ -118,12 +132,22 @@ def _joined(record: Any, labels: Any) -> dict[str, Any]:
     return both | (record if isinstance(record, dict) else {})
 
 
+def _objects(record: Any, where: str) -> list[dict[str, Any]]:
+    objects = _value(record, "objects", where)
+    if not isinstance(objects, list) or not all(isinstance(item, dict) for item in objects):
+        raise BadExample(BAD_REGIONS, where, "its objects are not a list of objects")
+    return objects
+
+
+def _classes(objects: Sequence[dict[str, Any]], where: str) -> tuple[str, ...]:
+    return tuple(str(_value(item, "class", f"{where} object {row}")) for row, item in enumerate(objects))
+
+
 def _value(record: Any, key: str, where: str) -> Any:
     if not isinstance(record, dict):
         raise BadExample(BAD_REGIONS, where, f"its JSON is a {type(record).__name__}, not an object")
     if key not in record:
-        hint = "; give the file of labels too" if key == "objects" else ""
-        raise BadExample(BAD_REGIONS, where, f"it has no {key!r}{hint}")
+        raise BadExample(BAD_REGIONS, where, f"it has no {key!r}")
     return record[key]
 
 

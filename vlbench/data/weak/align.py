@@ -21,6 +21,7 @@ from vlbench.core.config import Config
 from vlbench.core.errors import UserError
 from vlbench.core.fingerprint import fingerprint
 from vlbench.core.types import Source
+from vlbench.data.regions.open import open_regions
 from vlbench.data.stream import Mixture
 from vlbench.data.weak.corpus import Aligned, Corpus, Entry, write_corpus
 from vlbench.data.weak.encoders import Encoder, load_encoder
@@ -86,6 +87,8 @@ def weakly_align(
     *,
     out: Path | str,
     settings: AlignSettings | None = None,
+    features: Path | str | None = None,
+    labels: Path | str | None = None,
     encoder: Encoder | None = None,
     chunker: Chunker | None = None,
     progress: Progress | None = None,
@@ -104,10 +107,13 @@ def weakly_align(
     Work is in parts beside ``out``: a killed run with the same settings and data goes on from them.
 
     Args:
-        sources: images with regions; their captions decide nothing unless ``settings.needs_own``, and are counted.
+        sources: images with regions, or any where there are ``features``; their captions decide nothing unless
+            ``settings.needs_own``, and are counted.
         pool_texts: the sentences.
         settings: None: the defaults.
         out: the corpus; written whole or not at all.
+        features: region features, whose classes are then the tags; an image without any is counted and left out.
+        labels: as ``data.regions.open`` takes them.
         encoder: None: the one that the settings name.
         chunker: None: the one that the settings name.
         progress: called now and then.
@@ -125,6 +131,7 @@ def weakly_align(
         raise UserError(f"--metric l2 is for sentence encoders; {encoder.name} is compared by cosine")
     images = read_images(
         sources,
+        features=open_regions(features, labels=labels) if features is not None else None,
         captions="text" in frozenset().union(*(source.provides for source in sources)),
         language=settings.language,
         progress=lambda done, total: progress("reading tags", done, total),
@@ -148,6 +155,8 @@ def weakly_align(
     work = _Work(images, pool, encoder, settings, parts, progress)
     made_of: dict[str, Any] = {"settings": settings.model_dump(), "fingerprints": marks}
     made_of |= {"encoder": encoder.name, "chunker": chunker.name, "data": [source.spec for source in sources]}
+    if features is not None:
+        made_of["features"] = [str(path) for path in (features, labels) if path is not None]
     made_of["search"] = "faiss" if settings.backend != "numpy" and not encoder.sparse and has_faiss() else "numpy"
     corpus = write_corpus(out, _entries(work, chunker, made_of), ids=images.ids, made_of=made_of)
     parts.remove()

@@ -14,6 +14,8 @@ import numpy as np
 from vlbench.core.errors import BadExample, UserError
 from vlbench.core.fingerprint import fingerprint
 from vlbench.core.types import Source
+from vlbench.data.regions.features import RegionStore
+from vlbench.data.sources import without_images
 from vlbench.data.stream import BadTally
 from vlbench.data.weak.pools import one_line
 
@@ -91,26 +93,38 @@ class TaggedImages:
 def read_images(
     sources: Sequence[Source],
     *,
+    features: RegionStore | None = None,
     captions: bool = False,
     language: str = "en",
     progress: Callable[[int, int], None] | None = None,
 ) -> TaggedImages:
     """Go through sources once and keep ids, tags and, with ``captions``, the images' own captions.
 
+    Args:
+        sources: the images; nothing of them is decoded.
+        features: region features by id, whose classes are the tags. None: the sources' own regions.
+        captions: whether to keep the images' own.
+        language: of these.
+        progress: called with the images done, and all of them.
+
     Raises:
-        UserError: where a source has no regions, or an id occurs twice.
+        UserError: where a source has no regions and there are no features, or an id occurs twice.
         RunError: where more than 1% of the examples are bad.
     """
     images = TaggedImages()
     total = sum(len(source) for source in sources)
     done = 0
     for source in sources:
-        if "regions" not in source.provides:
-            raise UserError(f"data {source.spec!r} has no regions, and their tags are what sentences are found by")
+        if features is None and "regions" not in source.provides:
+            raise UserError(
+                f"data {source.spec!r} has no regions, and their tags are what sentences are found by; make some with "
+                "`vlbench data regions` and name them with --features"
+            )
         for index in range(len(source)):
             try:
-                example = source[index]
-                tags = [region.category for region in example.regions]
+                example = source[index] if features is None else without_images(source, index)
+                own = tuple(region.category for region in example.regions)
+                tags = own if features is None else _classes(features, example.id)
                 images.add(example.id, tags, example.texts.get(language, ()) if captions else None)
                 images.tally.record(())
             except BadExample as error:
@@ -121,5 +135,14 @@ def read_images(
     if len(set(images.ids)) < len(images.ids):
         raise UserError("an image id occurs in more than one of the sources; align them one by one")
     if not images.vocabulary:
-        raise UserError(f"data {sources[0].spec!r}: no image has a tagged region to find sentences by")
+        where = "" if features is None else " in these features"
+        raise UserError(f"data {sources[0].spec!r}: no image has a tagged region{where} to find sentences by")
     return images
+
+
+def _classes(features: RegionStore, image_id: str) -> tuple[str, ...]:
+    """The classes of an image's regions. Raises BadExample, also for an image that has no features."""
+    try:
+        return features.tags(image_id)
+    except KeyError as error:
+        raise BadExample("no region features", image_id, str(error.args[0])) from None

@@ -96,7 +96,8 @@ class FusionConfig(FinetuneConfig):
     )
     features: str | None = Field(
         default=None,
-        description="fixed region features (a VinVL .tsv or a folder of .npz) instead of the backbone's: mu-VLA's way",
+        description="fixed region features (VinVL's .tsv, F.tsv?labels=L.tsv with its objects in a second file, or a "
+        "folder of .npz) instead of the backbone's: mu-VLA's way",
     )
     feature_width: int = Field(default=2048, ge=1, description="leading numbers taken of each fixed feature")
     max_regions: int = Field(default=100, ge=1, description="boxes or fixed regions of an image that are read")
