@@ -482,18 +482,93 @@ def test_features_of_another_width_or_without_an_image_are_one_line(
         recipe.collate(config, samples(1))
 
 
+def test_released_rows_are_masked_apart_and_pairs_are_whole(corpus_path: Path, assets: dict[str, bytes]) -> None:
+    masking = Masking(words=0.4, tags=0.4, regions=0.5, linked=0.8)
+    made = batcher(corpus_path, assets, masking, objectives=("is",), released_rows=True)
+    clean = Masking(words=0.0, tags=0.0, regions=0.0, linked=0.0)
+    own = {item.id: made.vocabulary.sentence(item.aligned[0].text, 32) for item in open_corpus(corpus_path)}
+    before = batcher(corpus_path, assets, clean, objectives=("is",), released_rows=True)(samples())
+    found = made(samples())
+    words = found["is_words"]
+    assert (found["is_labels"] == IGNORED).all()
+    assert not (words == made.vocabulary.mask).any(), "ITM's pair is not masked"
+    for row, sample in enumerate(samples()):
+        assert (words[row][words[row] != 0].tolist() == own[sample.id]) == bool(found["is_match"][row])
+        retrieved = before["mlm_words"][row]
+        assert retrieved[retrieved != 0].tolist() == own[sample.id], "MLM reads the retrieved sentence of every image"
+    assert ((found["mlm_labels"] != IGNORED).sum(1) > 0).float().mean() > 0.9, "also where ITM has a negative"
+    assert 0 < found["mlm_masked"].sum() < found["valid_BR"].sum()
+    assert not (found["mlm_zeroed"] & ~found["mlm_masked"]).any()
+
+
+@pytest.mark.parametrize("weight", ["batch_mean", "pair"])
+@pytest.mark.parametrize("target, mean", [("seen", "slots"), ("feature", "masked"), ("seen", "masked")])
+def test_released_terms_are_the_released_codes(
+    weight: str, target: str, mean: str, corpus_path: Path, assets: dict[str, bytes], features: Path
+) -> None:
+    """RN regresses too, IS has MRC and MRFR, targets are what was seen, means are over all slots times 6.67."""
+    changes = ["feature_width=8", "mrfr=smooth_l1", "rows=released", f"mrfr_target={target}", f"region_mean={mean}"]
+    changes += ["mask_regions=0.5", f"itm_weight={weight}", "max_regions=3", "task_weights={is: 3, itm: 0.5}"]
+    recipe, config, model, batch = setting(corpus_path, assets, f"features={features}", *changes)
+    batch["epoch"] = torch.tensor(1.0)
+    with torch.no_grad():
+        losses = recipe.loss(model, batch, config)
+        given = model.read_regions(batch["box_BR5"], batch["valid_BR"], features_BRF=batch["features_BRF"])
+        boxes = torch.stack([box[owner] for box, owner in zip(given.box_BR5, batch["rt_owners"])])
+        heads = model.text_heads
+        for row, name in (("rt", "rt"), ("rn", "rn"), ("mlm", "is")):
+            tags = boxes if row == "rt" else None
+            text, places = model.hidden(given, batch[f"{row}_words"], tags=tags, zeroed_BR=batch[f"{row}_zeroed"])
+            p = heads.match(text[:, 0]).double().softmax(-1)[:, 1]
+            errors, classes = [], []
+            for at, region in batch[f"{row}_masked"].nonzero().tolist():
+                goal = batch["features_BRF"][at, region].double()
+                if target == "seen" and batch[f"{row}_zeroed"][at, region]:
+                    goal = torch.zeros_like(goal)
+                gap = (heads.feature(places[at, region]).double() - goal).abs()
+                factor = p[at].item() if weight == "pair" and row != "rt" else 1.0
+                errors.append(factor * torch.where(gap < 1, 0.5 * gap**2, gap - 0.5).mean().item())
+                classes.append(factor * ce64(heads.tag(places[at, region]), batch["tags_BR"][at, region]))
+            n = len(errors) if mean == "masked" else len(samples()) * 3 / 6.67
+            scale = 3 if name == "is" else 1
+            assert losses[f"{name}_features"].item() == pytest.approx(scale * sum(errors) / n, rel=1e-4)
+            if row != "rn":
+                assert losses[f"{name}_tags"].item() == pytest.approx(scale * sum(classes) / n, rel=1e-4)
+        assert "rn_tags" not in losses
+        plain = recipe.loss(model, batch, config.model_copy(update={"task_weights": {}}))
+    assert losses["itm"].item() == pytest.approx(plain["itm"].item() / 2)
+    assert losses["is_words"].item() == pytest.approx(3 * plain["is_words"].item())
+    assert losses["rn_words"].item() == plain["rn_words"].item()
+    parts = [value for name, value in losses.items() if name not in ("loss", "p_match")]
+    assert losses["loss"].item() == pytest.approx(sum(parts).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("objectives", [["rn"], ["is"], ["rt", "rn", "is"]])
+def test_released_rows_use_every_parameter(
+    objectives: list[str], corpus_path: Path, assets: dict[str, bytes], features: Path
+) -> None:
+    changes = ["feature_width=8", "mrfr=smooth_l1", "rows=released", f"objectives={json.dumps(objectives)}"]
+    recipe, config, model, batch = setting(corpus_path, assets, f"features={features}", *changes)
+    recipe.loss(model, batch, config)["loss"].backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert not without, f"distributed training would stop: {without}"
+
+
 # -------------------------------------------------------------------------------------------- presets, weights
 
 
 def test_settings_that_do_not_go_together_are_refused(corpus_path: Path) -> None:
     for change, line in (
         ("mrfr=l2", "mrfr regresses fixed features"),
+        ("rows=released|roi.mask_pixels=true", "rows=released masks features, not pixels"),
+        ("task_weights={rt: -1}", "a factor is not negative"),
+        ("task_weights={itn: 1}", "task_weights"),
         ("aligned=0.5", "leave pool and aligned out"),
         ("max_words=40", "more than stream.positions 32"),
         ('objectives=["rt","rt"]', "each objective once"),
     ):
         with pytest.raises(UserError, match=line):
-            config_of(corpus_path, change)
+            config_of(corpus_path, *change.split("|"))
 
 
 def test_paper_preset_is_bert_base_with_mu_vlas_additions() -> None:
@@ -531,9 +606,18 @@ def test_presets_hold_the_sources_values() -> None:
     presets = RECIPES.get("muvla").presets
     paper, code = presets["paper"], presets["paper_code"]
     assert (paper.optim.lr, paper.batch_size, paper.schedule.warmup) == (6e-5, 480, 0.1)
-    assert paper.steps == 20 * 3_000_600 // 480
-    assert (code.optim.lr, code.steps, code.schedule.warmup) == (5e-5, 130_000, 13_000)
+    # Its 20 epochs are samples of four tasks, a step of the released code trains one, a step here all.
+    assert paper.steps == 20 * 3_000_600 // 480 // 4
+    assert (code.optim.lr, code.steps, code.schedule.warmup) == (5e-5, 130_000 / 4, 13_000 / 4)
     assert (paper.itm_weight, code.itm_weight, code.rn_masking) == ("pair", "batch_mean", "uniform")
+    assert (paper.rows, paper.mrfr_target, paper.region_mean) == ("paper", "feature", "masked")
+    assert (code.rows, code.mrfr_target, code.region_mean) == ("released", "seen", "slots")
+    books = presets["paper_code_bc"]
+    assert (books.optim.lr, books.steps, books.schedule.warmup) == (6e-5, 195_000 / 4, 19_500 / 4)
+    assert {task: weight / 4 for task, weight in books.task_weights.items()} == pytest.approx(
+        {"is": 0.3, "itm": 0.2, "rt": 0.3, "rn": 0.2}
+    )
+    assert (books.itm_weight, books.rows, books.k) == ("none", "released", 10)
     assert (paper.stream.modality_embedding, code.stream.modality_embedding) == (True, False)
     assert (paper.k, paper.mask_words, paper.mask_regions, paper.itm_from_epoch) == (5, 0.15, 0.15, 1.0)
     for preset in presets.values():

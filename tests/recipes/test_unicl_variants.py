@@ -103,6 +103,22 @@ def test_loss_is_the_formula_in_float64(variant: str) -> None:
     assert losses["loss"].item() == pytest.approx(expected(variant, arrays, labels, 0.25), rel=2e-6)
 
 
+@pytest.mark.parametrize("variant", ["unicl", "label_embedding"])
+def test_sum_of_directions_is_twice_their_mean_and_so_is_its_gradient(variant: str) -> None:
+    losses, gradients = [], []
+    for directions in ("mean", "sum"):
+        config = config_of(variant, f"directions={directions}")
+        torch.manual_seed(0)
+        model = RECIPE.build(config, CLASSES).eval()
+        loss = RECIPE.loss(model, batch_of(RECIPE, config, TEXTS, labels_for(variant)), config)["loss"]
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(model.logit_scale.grad)
+    assert losses[1] == pytest.approx(2 * losses[0], rel=1e-6)
+    torch.testing.assert_close(gradients[1], 2 * gradients[0])
+    assert config_of(variant).directions == "mean"
+
+
 def test_caption_loss_of_captions_alone_is_clip_s() -> None:
     torch.manual_seed(0)
     image, text = (torch.nn.functional.normalize(torch.randn(5, 8), dim=1).requires_grad_() for _ in range(2))
@@ -244,11 +260,46 @@ def test_data_that_a_variant_has_no_use_for_are_refused(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("variant", [*LABELS_ONLY, "multi_task"])
+@pytest.mark.parametrize("word", ["--variant", "--set"])
+def test_a_variant_takes_of_the_presets_data_what_it_can_use(
+    variant: str,
+    word: str,
+    stripes: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With nothing else said, and for as many images; data that are named stay as they are named."""
+    labels, captions = f"{stripes[0]}@1", f"{stripes[1]}@4"
+    preset = config_of("unicl", "batch_size=4", "steps=2", f"data={json.dumps([labels, captions])}")
+    monkeypatch.setattr(type(RECIPE), "presets", {"tiny": preset})
+    named = ["--variant", variant] if word == "--variant" else ["--set", f"variant={variant}"]
+    words = ["pretrain", "unicl", *named, "--device", "cpu", "--out", str(tmp_path / "run")]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    if variant == "multi_task":
+        assert stored["data"] == [labels, captions]
+        assert "has no use for" not in said
+    else:
+        assert stored["data"] == [labels]
+        assert f"  data: {labels}\n    of the preset's; unicl (variant {variant}) has no use for {captions}\n" in said
+    assert (stored["steps"], stored["batch_size"]) == (2, 4)
+    assert main([*words, "--resume"]) == 0
+    assert "this run is finished" in capsys.readouterr().err
+    if variant != "multi_task":
+        for explicit in (["--data", labels, "--data", captions], ["--set", f"data={json.dumps([labels, captions])}"]):
+            assert main([*words[:-1], str(tmp_path / "refused"), *explicit]) == 2
+            assert f"has no labels, and unicl (variant {variant}) learns from labels" in capsys.readouterr().err
+
+
 def test_variants_are_named_on_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert set(RECIPE.variants) == set(VARIANTS)
     assert main(["show", "recipe", "unicl"]) == 0
     shown = capsys.readouterr().out
-    assert all(f"  {name}: {line}\n" in shown for name, line in RECIPE.variants.items())
+    words = " ".join(shown.split())  # long lines are broken
+    assert all(f" {name}: {line} " in words for name, line in RECIPE.variants.items())
     for words, answer in (
         (["unicl", "--variant", "supcom"], "recipe unicl: unknown variant 'supcom'; did you mean 'supcon'?"),
         (["clip", "--variant", "supcon"], "recipe clip has no variants; leave --variant out"),

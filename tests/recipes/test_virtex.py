@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import pickle
@@ -18,11 +19,14 @@ from tests.train.stopping import Stop, StopAt
 from vlbench.core.catalog import RECIPES
 from vlbench.core.config import override, parse
 from vlbench.core.errors import RunError, UserError
-from vlbench.core.types import Region, Sample
+from vlbench.core.types import Example, Region, Sample
+from vlbench.data.sources import BaseSource
+from vlbench.data.stream import Mixture
 from vlbench.data.vocabulary import END, MASK, N_SPECIAL, PAD, START, Vocabulary, learn_vocabulary
 from vlbench.models.load import load_backbone
 from vlbench.models.weights import read_checkpoint
 from vlbench.recipes.virtex import CATEGORIES, RECIPE, VOCABULARY, Virtex, VirtexConfig, mask_tokens
+from vlbench.train.batches import Samples
 from vlbench.train.distributed import session
 from vlbench.train.loop import fit
 from vlbench.train.token_losses import set_cross_entropy, token_cross_entropy
@@ -183,6 +187,36 @@ def test_multilabel_needs_regions_and_numbers_categories_from_one() -> None:
     assert batch["targets_BK"].tolist() == [[1, 3], [0, 0], [2, 0]]
     model = KNOWING.build(config, ())
     assert model.head.out_features == 4, "three categories and the background"
+
+
+def test_multilabel_takes_what_the_crop_has_left_or_all_of_the_image() -> None:
+    """An image whose left half is a ball and whose right half a cone: a crop of a tenth loses one of them, mostly."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 32)).save(buffer, "png")
+    regions = (Region("ball", (0, 0, 20, 32)), Region("cone", (44, 0, 64, 32)))
+
+    class Halves(BaseSource):
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> Example:
+            return Example("x", buffer.getvalue(), regions=regions)
+
+        def ids(self) -> list[str]:
+            return ["x"]
+
+    source = Halves("halves", None, provides={"image", "regions"})
+    targets = {}
+    for which in ("view", "image"):
+        config = config_of("variant=multilabel", f"multilabel_regions={which}", "augment.crop_scale=[0.1, 0.1]")
+        sample_at = Samples(KNOWING, config, Mixture([source], None, 0, needs=KNOWING.needs_of(config)))
+        rows = [sample_at(position)[0] for position in range(16)]
+        left = [sorted({{"ball": 1, "cone": 3}[region.category] for region in row.regions}) for row in rows]
+        targets[which] = [sorted(set(row) - {0}) for row in KNOWING.collate(config, rows)["targets_BK"].tolist()]
+    assert targets["view"] == left
+    assert any(len(row) < 2 for row in left), "the crop took something"
+    assert targets["image"] == [[1, 3]] * 16
+    assert config_of().multilabel_regions == "view"
 
 
 def test_masks_are_the_sheets_and_a_function_of_the_seed() -> None:

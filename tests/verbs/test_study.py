@@ -115,8 +115,9 @@ def test_shipped_studies_can_be_run_and_share_a_budget(path: Path) -> None:
     study = read_study(path)
     cells = [(backbone, 0, arm) for backbone in study.backbones or (None,) for arm in study.arms]
     (note,) = _budgets(study, cells, str(path))
-    images = {"photographs": "256,000"}.get(path.stem, "38,400")
-    assert note.startswith(f"Every arm saw {images} images through timm:test_resnet at 64 px"), note
+    images = {"photographs": "256,000", "recipes_resnet18": "25,600"}.get(path.stem, "38,400")
+    tower = {"recipes_resnet18": "resnet18"}.get(path.stem, "test_resnet")
+    assert note.startswith(f"Every arm saw {images} images through timm:{tower} at 64 px"), note
 
 
 def test_study_trains_measures_and_reuses(capsys: pytest.CaptureFixture[str]) -> None:

@@ -149,6 +149,8 @@ class Sample:
     """The example's id, for recipes that keep something else by it."""
     regions: tuple[Region, ...] = ()
     """What of the example's regions the crop has left, boxes in pixels of ``image_CHW``; for recipes that need them."""
+    categories: frozenset[str] = frozenset()
+    """Of all the example's regions, whether the crop has left them or not; for the same recipes."""
     seed: int = 0
     """For what ``collate`` draws (masked words): a function of seed and position alone, as the image is."""
 

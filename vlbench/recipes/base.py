@@ -2,8 +2,8 @@
 
 A recipe's module then holds its settings, with their sources, and its loss.
 
-Source tags in presets name the repository or notes that a value was read in; a value marked "unverified" is from
-memory of the paper and was not read. Shapes: B batch, C channels, H height, W width, L tokens.
+Source tags in presets (``published``) name the repository or notes that a value was read in; a value marked
+"unverified" is from memory of the paper and was not read. Shapes: B batch, C channels, H height, W width, L tokens.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 
 from vlbench.core.cards import TextSpec
 from vlbench.core.types import Backbone, Part, Recipe, Sample
@@ -21,6 +22,7 @@ from vlbench.models.export import export_two_tower
 from vlbench.models.text import TextConfig, TextReader, Tokenizer
 from vlbench.models.two_tower import TwoTower
 from vlbench.models.vision import VisualConfig
+from vlbench.recipes.published import Preset
 from vlbench.train.config import OptimConfig, PretrainConfig, ScheduleConfig
 
 
@@ -28,14 +30,14 @@ class TwoTowerConfig(PretrainConfig):
     """Settings of a recipe with an image tower and a text tower."""
 
     text: TextConfig = TextConfig()
-    embed_dim: int
-    """Width of the joint space."""
-    logit_scale_init: float
-    """The stored parameter: the logarithm of the initial scale."""
-    logit_scale_max: float | None
-    """Largest scale (not its logarithm), held after every step; None: no clamp."""
-    projection_std: float | None = None
-    """Standard deviation of both projections at the start; None: width^-0.5."""
+    embed_dim: int = Field(description="width of the joint space")
+    logit_scale_init: float = Field(description="the stored parameter: the logarithm of the initial scale")
+    logit_scale_max: float | None = Field(
+        description="largest scale (not its logarithm), held after every step; None: no clamp"
+    )
+    projection_std: float | None = Field(
+        default=None, description="standard deviation of both projections at the start; None: width^-0.5"
+    )
 
 
 class BaseRecipe:
@@ -44,6 +46,8 @@ class BaseRecipe:
     name: str
     Config: ClassVar[type[PretrainConfig]]
     presets: Mapping[str, Any]
+    described: Mapping[str, Preset] = {}
+    """The same presets with their sources, for ``vlbench show recipe``; a recipe may do without."""
     needs: frozenset[Part]
 
     def needs_of(self, config: Any) -> frozenset[Part]:
@@ -64,6 +68,10 @@ class BaseRecipe:
     def contrastive(self, config: Any) -> TwoTowerRecipe | None:
         """The recipe whose ``embed`` and ``contrast`` make the whole loss, for ``grad_cache``; None: there is none."""
         return None
+
+    def takes_blocks(self, config: Any) -> bool:
+        """Whether the loss heeds ``loss_block``: it compares embeddings across the batch."""
+        return False
 
     def images(self, batch: Mapping[str, torch.Tensor], config: PretrainConfig) -> torch.Tensor:
         """``images_BCHW`` of a batch, normalised, float32, in the channels-last layout that the model has too."""
@@ -128,6 +136,10 @@ class TwoTowerRecipe(BaseRecipe):
         """The recipe itself where it has a ``contrast``; one with another kind of loss has none."""
         return self if type(self).contrast is not TwoTowerRecipe.contrast else None
 
+    def takes_blocks(self, config: Any) -> bool:
+        """Where it has a ``contrast``."""
+        return self.contrastive(config) is not None
+
     def after_step(self, model: torch.nn.Module) -> None:
         """Hold the logit scale at its maximum, where there is one."""
         assert isinstance(model, TwoTower), "a two-tower recipe trains a TwoTower"
@@ -174,6 +186,11 @@ TINY_RUN: Mapping[str, Any] = {
     "checkpoint_every": 250,
 }
 """What the tiny presets of all recipes share, so that they see the same number of images through the same tower."""
+ABOUT_TINY = (
+    "What two CPU cores learn from the embedded world in about a minute. Values found on that world, none published; "
+    "steps, batch, tower and AdamW are those of every recipe's tiny preset, so that recipes are compared under one "
+    "optimizer."
+)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -12,16 +12,8 @@ from typing import Any
 
 import torch
 
-from vlbench.data.transforms import Augment
-from vlbench.models.text import TextConfig
-from vlbench.models.vision import VisualConfig
-from vlbench.recipes.base import (
-    TINY_RUN,
-    TINY_TEXT,
-    TwoTowerConfig,
-    TwoTowerRecipe,
-)
-from vlbench.train.config import OptimConfig, ScheduleConfig
+from vlbench.recipes.base import ABOUT_TINY, TINY_RUN, TINY_TEXT, TwoTowerConfig, TwoTowerRecipe
+from vlbench.recipes.published import OURS, Preset, configs, published
 from vlbench.train.losses import clip_loss
 
 
@@ -29,41 +21,49 @@ class ClipConfig(TwoTowerConfig):
     """CLIP's settings."""
 
     embed_dim: int = 512
-    logit_scale_init: float = math.log(1 / 0.07)  # 14.29 after the exponential [N-CLIP]
-    logit_scale_max: float | None = 100.0  # held after every step [O:src/open_clip_train/train.py]
+    logit_scale_init: float = math.log(1 / 0.07)
+    logit_scale_max: float | None = 100.0
 
 
-# What two CPU cores learn from the embedded world in about a minute; values found on that world, none published.
-TINY = ClipConfig(
-    **TINY_RUN,
-    data=("shapes:pairs",),
-    text=TINY_TEXT,
-    embed_dim=128,
-)
-
-# RN50 of the paper's tables 19 and 20. 59.6% zero-shot on ImageNet [N-CLIP].
-PAPER = ClipConfig(
-    data=(),  # 400M pairs (WIT), never released
-    steps=390_625,  # 32 epochs of 400M pairs [N-CLIP] in batches of 32,768: computed
-    batch_size=32_768,  # [N-CLIP]
-    optim=OptimConfig(
-        lr=5e-4,  # RN50's row of table 19 [N-CLIP]
-        weight_decay=0.2,  # [N-CLIP]; not on gains and biases (the rule: [O:legacy_main.py])
-        betas=(0.9, 0.999),  # ResNets; the ViTs have 0.98 [N-CLIP]
-        eps=1e-8,  # ResNets; the ViTs have 1e-6 [N-CLIP]
-        clip_norm=None,  # none is named
+PRESETS: Mapping[str, Preset] = {
+    "tiny": Preset(ClipConfig(**TINY_RUN, data=("shapes:pairs",), text=TINY_TEXT, embed_dim=128), ABOUT_TINY),
+    "paper": published(
+        ClipConfig,
+        "RN50 of the paper's tables 19 and 20: 59.6% zero-shot on ImageNet [N-CLIP].",
+        {
+            "data": ((), "400M pairs (WIT), never released"),
+            "steps": (390_625, "32 epochs of 400M pairs [N-CLIP] in batches of 32,768: computed"),
+            "batch_size": (32_768, "[N-CLIP]"),
+            "optim.lr": (5e-4, "RN50's row of table 19 [N-CLIP]"),
+            "optim.weight_decay": (0.2, "[N-CLIP]; not on gains and biases (the rule: [O:legacy_main.py])"),
+            "optim.betas": ((0.9, 0.999), "ResNets; the ViTs have 0.98 [N-CLIP]"),
+            "optim.eps": (1e-8, "ResNets; the ViTs have 1e-6 [N-CLIP]"),
+            "optim.clip_norm": (None, "none is named"),
+            "schedule.kind": ("cosine", "[N-CLIP]"),
+            "schedule.warmup": (2000, "[N-CLIP]"),
+            "schedule.final": (0.0, "[N-CLIP]"),
+            "visual.arch": ("open_clip:RN50-quickgelu", "[N-CLIP]; ModifiedResNet [C:clip/model.py]"),
+            "visual.image_size": (224, "[N-CLIP]"),
+            "text.width": (512, "[N-CLIP]"),
+            "text.layers": (12, "[N-CLIP]"),
+            "text.heads": (8, "[N-CLIP]"),
+            "text.context_length": (77, "[C:clip/clip.py]; the paper's text says 76"),
+            "text.quick_gelu": (True, "[C:clip/model.py]"),
+            "embed_dim": (1024, "RN50's row of table 19 [N-CLIP]"),
+            "logit_scale_init": (math.log(1 / 0.07), "14.29 after the exponential [N-CLIP]"),
+            "logit_scale_max": (100.0, "held after every step [O:src/open_clip_train/train.py]"),
+            "augment.crop_scale": (
+                (0.9, 1.0),
+                "open_clip's default; the paper: a random square crop of the resized image [N-CLIP]",
+            ),
+            "augment.flip": (False, "nothing but the crop [N-CLIP]"),
+            "precision": ("bf16", "the paper: fp16 with half-precision Adam statistics [N-CLIP]"),
+            "workers": (8, OURS),
+            "checkpoint_every": (5000, OURS),
+            "log_every": (100, OURS),
+        },
     ),
-    schedule=ScheduleConfig(kind="cosine", warmup=2000, final=0.0),  # [N-CLIP]
-    visual=VisualConfig(arch="open_clip:RN50-quickgelu", image_size=224),  # [N-CLIP]; ModifiedResNet [C:clip/model.py]
-    text=TextConfig(width=512, layers=12, heads=8, context_length=77, quick_gelu=True),  # [N-CLIP]; [C:clip/model.py]
-    embed_dim=1024,  # RN50's row of table 19 [N-CLIP]
-    # The paper: a random square crop of the resized image, nothing else [N-CLIP]; this range is open_clip's default.
-    augment=Augment(crop_scale=(0.9, 1.0), flip=False),
-    precision="bf16",  # the paper: fp16 with half-precision Adam statistics [N-CLIP]
-    workers=8,
-    checkpoint_every=5000,
-    log_every=100,
-)
+}
 
 
 class Clip(TwoTowerRecipe):
@@ -71,7 +71,8 @@ class Clip(TwoTowerRecipe):
 
     name = "clip"
     Config = ClipConfig
-    presets: Mapping[str, Any] = {"tiny": TINY, "paper": PAPER}
+    presets: Mapping[str, Any] = configs(PRESETS)
+    described = PRESETS
 
     def contrast(
         self,

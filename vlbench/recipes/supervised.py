@@ -12,12 +12,11 @@ import torch
 from pydantic import Field
 
 from vlbench.core.types import Backbone, Part, Sample
-from vlbench.data.transforms import Augment
 from vlbench.models.classifier import Classifier
 from vlbench.models.export import export_visual
-from vlbench.models.vision import VisualConfig
-from vlbench.recipes.base import IMAGENET_MEAN, IMAGENET_STD, TINY_RUN, BaseRecipe
-from vlbench.train.config import EvalImages, OptimConfig, PretrainConfig, ScheduleConfig
+from vlbench.recipes.base import ABOUT_TINY, IMAGENET_MEAN, IMAGENET_STD, TINY_RUN, BaseRecipe
+from vlbench.recipes.published import OURS, Preset, configs, published
+from vlbench.train.config import PretrainConfig
 from vlbench.train.distributed import mean_over_ranks
 from vlbench.train.losses import cross_entropy
 
@@ -25,38 +24,45 @@ from vlbench.train.losses import cross_entropy
 class SupervisedConfig(PretrainConfig):
     """Settings of supervised pretraining."""
 
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="share of each target that is spread evenly over the classes"
+    )
 
 
-# What two CPU cores learn from the embedded world in about a minute; values found on that world, none published.
-TINY = SupervisedConfig(
-    **TINY_RUN,
-    data=("shapes:labels",),
-)
-
-# torchvision's reference run of ResNet-50 on ImageNet-1k, whose weights (IMAGENET1K_V1) reach 76.13% top-1.
-PAPER = SupervisedConfig(
-    data=(),  # ImageNet-1k: imagefolder:DIR
-    steps=450_410,  # 90 epochs [TV:train.py] of 1,281,167 images: computed
-    batch_size=256,  # 32 a GPU on 8 GPUs [TV:train.py, README.md]
-    optim=OptimConfig(
-        name="sgd",  # [TV:train.py]
-        lr=0.1,  # [TV:train.py]
-        momentum=0.9,  # [TV:train.py]
-        weight_decay=1e-4,  # [TV:train.py]
-        decay_vectors=True,  # --norm-weight-decay unset: everything decays [TV:train.py]
-        clip_norm=None,  # [TV:train.py]
+PRESETS: Mapping[str, Preset] = {
+    "tiny": Preset(SupervisedConfig(**TINY_RUN, data=("shapes:labels",)), ABOUT_TINY),
+    "paper": published(
+        SupervisedConfig,
+        "torchvision's reference run of ResNet-50 on ImageNet-1k, whose weights (IMAGENET1K_V1) reach 76.13% top-1.",
+        {
+            "data": ((), "ImageNet-1k: imagefolder:DIR"),
+            "steps": (450_410, "90 epochs [TV:train.py] of 1,281,167 images: computed"),
+            "batch_size": (256, "32 a GPU on 8 GPUs [TV:train.py, README.md]"),
+            "optim.name": ("sgd", "[TV:train.py]"),
+            "optim.lr": (0.1, "[TV:train.py]"),
+            "optim.momentum": (0.9, "[TV:train.py]"),
+            "optim.weight_decay": (1e-4, "[TV:train.py]"),
+            "optim.decay_vectors": (True, "--norm-weight-decay unset: everything decays [TV:train.py]"),
+            "optim.clip_norm": (None, "[TV:train.py]"),
+            "schedule.kind": ("step", "[TV:train.py]"),
+            "schedule.warmup": (0, "[TV:train.py]"),
+            "schedule.drops": (2, "every 30 of 90 epochs [TV:train.py]"),
+            "schedule.factor": (0.1, "[TV:train.py]"),
+            "visual.arch": ("torchvision:resnet50", "[TV:train.py]"),
+            "visual.image_size": (224, "crop 224 [TV:train.py]"),
+            "augment.crop_scale": ((0.08, 1.0), "RandomResizedCrop's own default"),
+            "augment.flip": (True, "[TV:train.py]"),
+            "augment.interpolation": ("bilinear", "[TV:train.py]"),
+            "eval_images.resize_to": (256, "[TV:train.py]"),
+            "eval_images.interpolation": ("bilinear", "[TV:train.py]"),
+            "eval_images.mean": (IMAGENET_MEAN, "[TV:train.py]"),
+            "eval_images.std": (IMAGENET_STD, "[TV:train.py]"),
+            "workers": (8, OURS),
+            "checkpoint_every": (5000, OURS),
+            "log_every": (100, OURS),
+        },
     ),
-    schedule=ScheduleConfig(kind="step", warmup=0, drops=2, factor=0.1),  # every 30 of 90 epochs by 0.1 [TV:train.py]
-    visual=VisualConfig(arch="torchvision:resnet50", image_size=224),  # [TV:train.py]: crop 224
-    augment=Augment(crop_scale=(0.08, 1.0), flip=True, interpolation="bilinear"),  # RandomResizedCrop's own defaults
-    eval_images=EvalImages(
-        resize_to=256, interpolation="bilinear", mean=IMAGENET_MEAN, std=IMAGENET_STD
-    ),  # [TV:train.py]
-    workers=8,
-    checkpoint_every=5000,
-    log_every=100,
-)
+}
 
 
 class Supervised(BaseRecipe):
@@ -64,7 +70,8 @@ class Supervised(BaseRecipe):
 
     name = "supervised"
     Config = SupervisedConfig
-    presets: Mapping[str, Any] = {"tiny": TINY, "paper": PAPER}
+    presets: Mapping[str, Any] = configs(PRESETS)
+    described = PRESETS
     needs: frozenset[Part] = frozenset({"image", "label"})
 
     def build(self, config: Any, classes: Sequence[str]) -> Classifier:

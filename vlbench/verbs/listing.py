@@ -6,8 +6,10 @@ import argparse
 import ast
 import importlib.util
 import inspect
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -22,11 +24,17 @@ from vlbench.core.cards import (
     suites,
     task_cards,
 )
-from vlbench.core.config import Config, difference, flatten
+from vlbench.core.config import Config, flatten
 from vlbench.core.errors import UserError
 from vlbench.core.names import unknown
 from vlbench.core.paths import data_root
 from vlbench.core.registry import Registry
+
+if TYPE_CHECKING:
+    from vlbench.recipes.published import Preset
+
+_WIDTH = 120
+"""Columns of what is shown of a recipe."""
 
 
 def run_list(args: argparse.Namespace) -> int:
@@ -53,6 +61,9 @@ def run_list(args: argparse.Namespace) -> int:
 
 def run_show(args: argparse.Namespace) -> int:
     """Print one recipe, task, data set or model in full."""
+    preset = getattr(args, "preset", None)
+    if preset is not None and args.what != "recipe":
+        raise UserError(f"--preset is of recipes; leave it out of vlbench show {args.what} {args.name}")
     match args.what:
         case "task":
             _show_task(_one("task", args.name, task_cards()))
@@ -61,7 +72,7 @@ def run_show(args: argparse.Namespace) -> int:
         case "model":
             print(_as_yaml(_one("model", args.name, model_cards())))
         case "recipe":
-            _show_recipe(args.name)
+            _show_recipe(args.name, preset)
     return 0
 
 
@@ -142,27 +153,96 @@ def _show_prompts(card: TaskCard | DatasetCard) -> None:
             print(f"# {len(lines)} {role} in prompts/{name}.txt, the first: {'; '.join(lines[:3])}")
 
 
-def _show_recipe(name: str) -> None:
+def _show_recipe(name: str, wanted: str | None) -> None:
+    """The paper's preset (or ``wanted``) in full; unless one is wanted, the others by what they differ in."""
     from vlbench.verbs.pretrain import variants_of  # it imports the embedded world, which takes longer than any list
 
     recipe = catalog.RECIPES.get(name)
-    module = inspect.getmodule(type(recipe))
-    print(f"{name}: {inspect.getdoc(module) or ''}\n")
-    base_name, base = next(iter(recipe.presets.items()))
+    presets: Mapping[str, Config] = recipe.presets
+    if wanted is not None and wanted not in presets:
+        raise UserError(f"recipe {name}: {unknown('preset', wanted, presets)}")
+    first = wanted or ("paper" if "paper" in presets else next(iter(presets)))
+    base = presets[first]
+    print(f"recipe {name}\n\n{inspect.getdoc(inspect.getmodule(type(recipe))) or ''}\n")
     if variants := variants_of(type(base)):
         field, said = type(base).model_fields["variant"], getattr(recipe, "variants", {})
         print(f"variants (--variant NAME), by default {field.default}:")
         lines = [f"{variant}: {said[variant]}" if variant in said else variant for variant in variants]
-        print(*(f"  {line}" for line in (lines if said or not field.description else [field.description])), sep="\n")
+        for line in lines if said or not field.description else [field.description]:
+            _paragraph(line, indent=2)
         print()
-    print(f"preset {base_name}:")
-    for key, value in flatten(base.model_dump(mode="json")).items():
-        print(f"  {key} = {value!r}")
-    for preset, config in recipe.presets.items():
-        if preset != base_name:
-            print(f"\npreset {preset}, where it differs from {base_name}:")
-            for key, (_, value) in difference(config, base).items():
-                print(f"  {key} = {value!r}")
+    described = getattr(recipe, "described", {})
+    _title(f"preset {first}:", described.get(first))
+    _show_preset(base, described.get(first))
+    for preset, config in presets.items():
+        if wanted is None and preset != first:
+            print()
+            _title(f"preset {preset}, where it differs from {first}:", described.get(preset))
+            _show_difference(config, base, described.get(preset), described.get(first))
+    if wanted is None and len(presets) > 1:
+        print(f"\nvlbench show recipe {name} --preset NAME shows one of them in full")
+
+
+def _show_preset(config: Config, preset: Preset | None) -> None:
+    """Every setting: its value, what it does, where the value was read."""
+    group = None
+    for key, value in flatten(config.model_dump(mode="json")).items():
+        _paragraph(f"{key} = {value!r}", indent=2)
+        if words := _description(type(config), key):
+            _paragraph(words, indent=6)
+        group = _show_source(preset, key, group)
+
+
+def _show_difference(config: Config, base: Config, preset: Preset | None, base_preset: Preset | None) -> None:
+    mine, theirs = flatten(config.model_dump(mode="json")), flatten(base.model_dump(mode="json"))
+    group = None
+    for key, value in mine.items():
+        if key not in theirs or theirs[key] != value:
+            _paragraph(f"{key} = {value!r}", indent=2)
+            if preset is not None and (base_preset is None or preset.source(key) != base_preset.source(key)):
+                group = _show_source(preset, key, group)
+    for key in theirs:
+        if key not in mine and not any(f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}.") for one in mine):
+            _paragraph(f"{key}: left out", indent=2)
+
+
+def _show_source(preset: Preset | None, key: str, group: str | None) -> str | None:
+    """Print the source of ``key``, unless it is that of ``group``, which was printed before; returns of what it is."""
+    found = preset.source(key) if preset is not None else None
+    if found is None:
+        return None
+    of, words = found
+    if of == key:
+        _paragraph(f"source: {words}", indent=6)
+    elif of != group:
+        _paragraph(f"source of {of}: {words}", indent=6)
+    return of
+
+
+def _title(title: str, preset: Preset | None) -> None:
+    print(title)
+    if preset is not None:
+        _paragraph(preset.about, indent=2)
+        print()
+
+
+def _description(kind: Any, key: str) -> str | None:
+    """What the setting at the dotted ``key`` does; of the keys of an open mapping, what the mapping does."""
+    words = None
+    for part in key.split("."):
+        field = getattr(kind, "model_fields", {}).get(part)
+        if field is None:
+            return words
+        # A class that gives a setting another default leaves its description to the class that has it.
+        parents = (getattr(parent, "model_fields", {}).get(part) for parent in kind.__mro__)
+        words = next((one.description for one in parents if one is not None and one.description), None)
+        kind = field.annotation
+    return words
+
+
+def _paragraph(text: str, *, indent: int) -> None:
+    more = " " * (indent + 4)
+    print(textwrap.fill(text, _WIDTH, initial_indent=" " * indent, subsequent_indent=more, break_on_hyphens=False))
 
 
 def _one(what: str, name: str, known: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -46,9 +46,9 @@ def pretrain(args: argparse.Namespace) -> Path:
     recipe = _recipe(args)
     with distributed.session(args.device) as device, _claimed(args, recipe.presets[args.preset].seed) as out:
         first = distributed.ranks().first
-        config, preset = _settings(args, recipe, out)
+        config, preset, unused = _settings(args, recipe, out)
         if first:
-            _introduce(args.recipe, preset, config, recipe.presets[preset], out, device)
+            _introduce(args.recipe, preset, config, recipe.presets[preset], out, device, unused)
         with _watcher(config, talk=first) as watcher:
             path = fit(recipe, config, out=out, resume=args.resume, device=device, preset=preset, watcher=watcher)
         if first:
@@ -62,12 +62,13 @@ def _kinds(path: Path) -> list[str]:
     from vlbench.models.weights import read_checkpoint
 
     provides = read_checkpoint(path)["card"]["provides"]
-    kinds = ["zeroshot", "linear", "retrieval"] if "text" in provides else ["linear", "knn"]
+    kinds = ["linear", "knn"] if "pooled" in provides else []  # fixed region features train no backbone
+    kinds = ["zeroshot", "linear", "retrieval"] if "text" in provides else kinds
     return kinds + [kind for part, kind in (("captions", "captioning"), ("match", "matching")) if part in provides]
 
 
 def check(args: argparse.Namespace) -> PretrainConfig:
-    """The settings that ``pretrain`` would start a new run with. Raises UserError as it would."""
+    """The settings that ``pretrain`` would start a new run with, all data taken. Raises UserError as it would."""
     return _changed(args, _recipe(args).presets[args.preset])
 
 
@@ -80,14 +81,28 @@ def _recipe(args: argparse.Namespace) -> Any:
     return recipe
 
 
-def _settings(args: argparse.Namespace, recipe: Any, out: Path) -> tuple[PretrainConfig, str]:
-    """The resolved settings and the preset's name. A resumed run's own settings come before the preset's."""
+def _settings(args: argparse.Namespace, recipe: Any, out: Path) -> tuple[PretrainConfig, str, tuple[str, ...]]:
+    """The resolved settings, the preset's name, and those of its data that the variant has no use for.
+
+    A resumed run's own settings come before the preset's. Data that are named are taken as they are named.
+    """
     preset, base = args.preset, recipe.presets[args.preset]
     stored = _stored(args, out) if args.resume and not getattr(args, "exact", False) else None
     if stored is not None:
         preset = stored["preset"] if stored["preset"] in recipe.presets else preset
         base = parse(type(base), stored["config"], where=str(out / "config.json"))
-    return _changed(args, base), preset
+    config, unused = _changed(args, base), ()
+    if not _names_data(args) and recipe.needs_of(config) != recipe.needs_of(base):
+        from vlbench.train.batches import usable_data
+
+        kept = usable_data(recipe, config)
+        unused = tuple(spec for spec in config.data if spec not in kept)
+        config = config.model_copy(update={"data": kept})
+    return config, preset, unused
+
+
+def _names_data(args: argparse.Namespace) -> bool:
+    return bool(args.data) or any(assignment.partition("=")[0] == "data" for assignment in args.set)
 
 
 def _changed(args: argparse.Namespace, base: PretrainConfig) -> PretrainConfig:
@@ -234,9 +249,15 @@ def _numbered(name: str) -> Iterator[str]:
         yield f"{name}-{number}"
 
 
-def _introduce(recipe: str, preset: str, config: PretrainConfig, base: Any, out: Path, device: Any) -> None:
+def _introduce(
+    recipe: str, preset: str, config: PretrainConfig, base: Any, out: Path, device: Any, unused: Sequence[str]
+) -> None:
     print(f"pretrain {recipe}, preset {preset}, on {device}: {config.steps} steps of {config.batch_size} images")
     print(f"  data: {', '.join(config.data) or 'none'}")
+    if unused:
+        from vlbench.train.run_config import learner
+
+        print(f"    of the preset's; {learner(recipe, config)} has no use for {', '.join(unused)}")
     print(f"  backbone: {config.visual.identity()} at {config.visual.image_size} px")
     changed = difference(config, base)
     for key, (before, now) in changed.items():

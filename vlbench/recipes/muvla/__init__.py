@@ -11,7 +11,11 @@ where ``w_ITM`` is the ITM head's probability that the sentence matches the imag
 no gradient flows through it. In ITM it weighs the retrieved pairs alone, as the released code has it: to weigh
 negatives by their probability of matching would forgive the very errors that ITM learns from. Every term is a mean over
 what is masked in the whole batch of all ranks, padding left out, and 0 where nothing is. One masked row of IS serves
-MLM and ITM; the ``w_ITM`` of RN and IS is read off each row's own [CLS].
+MLM and ITM; the ``w_ITM`` of RN and IS is read off each row's own [CLS]. Every step trains all objectives.
+
+The released code does otherwise in most of this. Each difference is a setting (rn_masking, rows, mrfr, mrfr_target,
+region_mean, itm_weight, stream.modality_embedding, stream.sentence_norm), the preset ``paper_code`` sets them all, and
+says what no setting restores. How sentences are retrieved differs too: ``vlbench data weakly-align`` (metric, order).
 
 The paper's mode reads fixed region features (``features``) and trains no visual network: its export can match and
 nothing else. OUR ADAPTATION (the ``tiny`` preset; ``features`` unset): the regions' features come from a tower trained
@@ -20,8 +24,8 @@ that the tower makes itself is best met by making all features equal. The tower 
 place had learnt before, the classes of regions (``roi.classify``, one more term of the loss: ``roi_tags``): through the
 masked words alone, 600 steps teach it colours and no shapes.
 
-Source tags: [N] notes of the paper; [M:file] zmykevin/UVLP at 254e4e5, the released code; [M@9a8ef56:file] its commit
-of 2022-04-08, which still holds the configurations that were run.
+Source tags: [N] notes of the paper; [W] its scores on an aggregator's page; [M:file] zmykevin/UVLP at 254e4e5, the
+released code; [M@9a8ef56:file] its commit of 2022-04-08, which still holds the configurations that were run.
 """
 
 from __future__ import annotations
@@ -43,7 +47,8 @@ from vlbench.models.export import export_matcher
 from vlbench.models.roi import RegionTower
 from vlbench.models.single_stream import StreamConfig
 from vlbench.models.vision import build_visual
-from vlbench.recipes.base import TINY_RUN, BaseRecipe
+from vlbench.recipes.base import ABOUT_TINY, TINY_RUN, BaseRecipe
+from vlbench.recipes.muvla import values
 from vlbench.recipes.muvla.batch import Batcher, Masking, Objective, Vocabulary
 from vlbench.recipes.muvla.corpus import corpus_of, find_corpus, tags_of
 from vlbench.recipes.muvla.features import features_of
@@ -51,7 +56,8 @@ from vlbench.recipes.muvla.loss import muvla_loss
 from vlbench.recipes.muvla.matching import Matcher
 from vlbench.recipes.muvla.model import RegionTextModel
 from vlbench.recipes.muvla.start import load_bert
-from vlbench.train.config import OptimConfig, PretrainConfig, ScheduleConfig
+from vlbench.recipes.published import Preset, configs, published
+from vlbench.train.config import PretrainConfig
 
 
 class RoiConfig(Config):
@@ -98,6 +104,9 @@ class MuvlaConfig(PretrainConfig):
     features: str | None = Field(
         default=None, description="fixed region features, the paper's mode; None: from a trainable tower (ours)"
     )
+    feature_labels: str | None = Field(
+        default=None, description="the .tsv file with the objects of features whose own .tsv has none"
+    )
     feature_width: int = Field(default=2048, ge=1, description="leading numbers taken of each fixed feature")
     roi: RoiConfig = RoiConfig()
     stream: StreamConfig = StreamConfig()
@@ -118,6 +127,28 @@ class MuvlaConfig(PretrainConfig):
     )
     mrfr: Literal["l2", "smooth_l1"] | None = Field(
         default=None, description="RT's regression of fixed features: l2 the paper's, smooth_l1 the released code's"
+    )
+    mrfr_target: Literal["feature", "seen"] = Field(
+        default="feature",
+        description="what MRFR regresses: feature, what was masked; seen, what the stream was shown instead, as the "
+        "released code does, which reads its target after masking: zeros for 90% of the regions, so that little is "
+        "learnt of it",
+    )
+    region_mean: Literal["masked", "slots"] = Field(
+        default="masked",
+        description="what MRC and MRFR are means over: masked, the masked regions; slots, all max_regions places of "
+        "every row, empty ones too, times 6.67 (1 / 0.15), as the released code does: the fewer regions, the less",
+    )
+    rows: Literal["paper", "released"] = Field(
+        default="paper",
+        description="paper: MRC and MRFR in RT alone, one masked row of IS for MLM and ITM. released: as in that code "
+        "RN's rows regress features too; IS reads a retrieved sentence with words and regions masked for MLM, MRC and "
+        "MRFR, and apart from it a pair with nothing masked for ITM",
+    )
+    task_weights: dict[Literal["rt", "rn", "is", "itm"], float] = Field(
+        default_factory=dict,
+        description="factor on a task's terms (is: without itm), 1 where it is not named. Stands in for the ratios of "
+        "the released BookCorpus run, which say how many of the steps each task gets",
     )
     itm_weight: Literal["pair", "batch_mean", "none"] = Field(
         default="pair",
@@ -143,10 +174,16 @@ class MuvlaConfig(PretrainConfig):
     def _fit_together(self) -> Self:
         if self.features is None and self.mrfr is not None:
             raise ValueError("mrfr regresses fixed features: give features=PATH, or mrfr=null where a tower makes them")
+        if self.features is None and self.feature_labels is not None:
+            raise ValueError("feature_labels are of fixed features: give features=PATH too")
         if self.features is not None and self.needs_corpus and self.corpus is None:
             raise ValueError("with fixed features the corpus is made beforehand: give corpus=PATH, or objectives=[rt]")
         if self.corpus is not None and (self.pool or self.aligned is not None):
             raise ValueError("corpus was made with its own pool and aligned share; leave pool and aligned out")
+        if self.rows == "released" and self.roi.mask_pixels:
+            raise ValueError("rows=released masks features, not pixels: leave roi.mask_pixels false, or rows=paper")
+        if any(weight < 0 for weight in self.task_weights.values()):
+            raise ValueError(f"task_weights {self.task_weights}: a factor is not negative")
         if self.max_words > self.stream.positions:
             raise ValueError(f"max_words {self.max_words} is more than stream.positions {self.stream.positions}")
         return self
@@ -167,68 +204,33 @@ class MuvlaConfig(PretrainConfig):
         )
 
 
-# What two CPU cores learn from the embedded world in about two minutes; values found on that world, none published.
 TINY = MuvlaConfig(
     **TINY_RUN,
     data=("shapes:pairs",),
     stream=StreamConfig(width=128, layers=2, heads=4, dropout=0.0, positions=32, init_std=0.08),
-    vocabulary=WordPieceConfig(size=200),
+    vocabulary=WordPieceConfig(size=200, alphabet=1000),
     max_words=32,
     max_regions=4,
-    weigh_itm=False,  # three epochs: at the end of the first, ITM knows nothing yet
+    weigh_itm=False,
     roi=RoiConfig(strides=(16, 32), classify=True),
-    mask_linked=0.5,  # a scene has one to three regions: 15% of those linked would be one region in four images
+    mask_linked=0.5,
 )
 
-_PAPER_RUN: dict[str, Any] = {
-    "data": (),  # Conceptual Captions: 3,000,600 images with VinVL features [M@9a8ef56:data_explorer]
-    "batch_size": 480,  # [N]; [M:pretrain.yaml]
-    "k": 5,  # [N]; stored: 10 [M@9a8ef56:configs]
-    "bert": "bert-base-uncased",  # the folder of its files [M:visual_bert.py]
-    "features": "vinvl.tsv",  # X152-C4, at most 100 boxes [M:data_preparation/convert_cc_vinvl.py]: give your own path
-    "corpus": "weakly_aligned.arrow",  # `vlbench data weakly-align` makes it
-    "feature_width": 2048,  # the first 2048 of 2054 [M:data_preparation/convert_cc_vinvl.py]
-    "max_words": 60,  # [M:pretrain.yaml]
-    "max_regions": 100,  # [M:pretrain.yaml]
-    "stream": StreamConfig(),  # BERT-base, 12 x 768 x 12 [M:visual_bert.py]
-    "precision": "bf16",  # fp16 [M:pretrain.yaml]
-    "workers": 8,
-    "checkpoint_every": 5000,
-    "log_every": 100,
-}
-# As the paper has it: VQA2 72.1, NLVR2 73.4, SNLI-VE 77.3 after fine-tuning. It trains no visual network.
-PAPER = MuvlaConfig(
-    **_PAPER_RUN,
-    steps=125_025,  # 20 epochs [N] of 3,000,600 images in batches of 480: computed
-    optim=OptimConfig(
-        lr=6e-5,  # [N]
-        weight_decay=0.01,  # not on biases and gains [M:mmf/utils/modeling.py]
-        betas=(0.9, 0.999),  # unverified: PyTorch's default
-        eps=1e-8,  # [M:pretrain.yaml]
-        clip_norm=5.0,  # [M:pretrain.yaml]
-        no_decay=(),
+_PAPER = published(MuvlaConfig, values.ABOUT_PAPER, values.PAPER)
+_PAPER_CODE = published(_PAPER, values.ABOUT_CODE, values.CODE)
+PRESETS: Mapping[str, Preset] = {
+    "tiny": Preset(
+        TINY,
+        ABOUT_TINY + " OUR ADAPTATION: a tower is trained along.",
+        {
+            "weigh_itm": "ours: three epochs; at the end of the first, ITM knows nothing yet",
+            "mask_linked": "ours: a scene has one to three regions, 15% of those linked would be one in four images",
+        },
     ),
-    schedule=ScheduleConfig(kind="linear", warmup=0.1, final=0.0),  # 10% [N]; linear to 0 [M:pretrain.yaml]
-    mrfr="l2",  # [N]
-)
-
-# The released run on Conceptual Captions. What stays different: each of its steps takes one objective of four (IS in
-# two halves), here each takes all, so that 130,000 steps see four times the pairs; its MRFR regresses features that are
-# zeros already, and averages over padding, which no option restores; its weight 6.67 = 1/0.15 on means over all regions
-# is 1 on means over the masked ones. Its weight on tags is of their own pair, here the sentences' mean.
-PAPER_CODE = PAPER.model_copy(
-    update={
-        "steps": 130_000,  # [M:pretrain.yaml]
-        "optim": PAPER.optim.model_copy(update={"lr": 5e-5}),  # [M:pretrain.yaml]
-        "schedule": ScheduleConfig(kind="linear", warmup=13_000, final=0.0),  # [M:pretrain.yaml]
-        # [M:mmf/modules/embeddings.py]
-        "stream": StreamConfig(modality_embedding=False, sentence_norm=False),
-        "rn_masking": "uniform",  # the final configuration [M:pretrain.yaml]
-        "mrfr": "smooth_l1",  # [M:visual_bert.py]
-        "itm_weight": "batch_mean",  # [M:visual_bert.py]
-        "itm_from_epoch": 4.0,  # one epoch of its four loaders, 25,000 steps [M:multi_dataset_loader.py]: computed
-    }
-)
+    "paper": _PAPER,
+    "paper_code": _PAPER_CODE,
+    "paper_code_bc": published(_PAPER_CODE, values.ABOUT_CODE_BC, values.CODE_BC),
+}
 
 
 class Muvla(BaseRecipe):
@@ -240,7 +242,8 @@ class Muvla(BaseRecipe):
 
     name = "muvla"
     Config = MuvlaConfig
-    presets: Mapping[str, Any] = {"tiny": TINY, "paper": PAPER, "paper_code": PAPER_CODE}
+    presets: Mapping[str, Any] = configs(PRESETS)
+    described = PRESETS
     needs: frozenset[Part] = frozenset({"image", "regions"})
 
     def __init__(self, assets: Mapping[str, bytes] | None = None) -> None:
@@ -295,6 +298,8 @@ class Muvla(BaseRecipe):
             visual=visual,
             feature_width=config.feature_width,
             regress=config.mrfr is not None,
+            regress_seen=config.mrfr_target == "seen",
+            released_rows=config.rows == "released",
             image_token=config.roi.image_token,
             mask_pixels=config.roi.mask_pixels,
             classify=config.roi.classify,
@@ -319,6 +324,8 @@ class Muvla(BaseRecipe):
             weigh_itm=config.weigh_itm,
             weighted=batch["epoch"] >= config.itm_from_epoch,
             mrfr=config.mrfr,
+            slots=len(batch["valid_BR"]) * config.max_regions if config.region_mean == "slots" else None,
+            task_weights=config.task_weights,
         )
 
     def export(self, model: torch.nn.Module, config: Any, classes: Sequence[str]) -> Backbone:
@@ -348,6 +355,7 @@ class Muvla(BaseRecipe):
             longest=config.max_words,
             most_regions=config.max_regions,
             features=features_of(config, corpus) if config.features is not None else None,
+            released_rows=config.rows == "released",
         )
 
 

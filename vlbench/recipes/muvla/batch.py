@@ -6,7 +6,9 @@ Everything is drawn from ``Sample.seed``, so that a batch is the same however ma
 - RN reads a retrieved sentence beside the regions. Only linked phrases or linked regions are masked, never both in one
   row, each with a probability in proportion to the link's similarity; a masked region is to predict a word of its
   phrase.
-- IS reads the retrieved sentence, or (half the time) one of another image, masked as BERT masks.
+- IS reads the retrieved sentence, or (half the time) one of another image, masked as BERT masks. As the released code
+  has it (``released_rows``) that pair is not masked, and a row of its own (``mlm``) is: the retrieved sentence, whose
+  words and regions are masked independently.
 
 Shapes: B batch, L words, R regions, F width of a region's feature.
 """
@@ -35,6 +37,7 @@ _ROWS = {
     "rt": ("words", "labels", "owners", "masked", "zeroed"),
     "rn": ("words", "labels", "masked", "zeroed", "region_labels"),
     "is": ("words", "labels"),
+    "mlm": ("words", "labels", "masked", "zeroed"),
 }
 
 
@@ -140,6 +143,7 @@ class Batcher:
         longest: words of a row at most, ``[CLS]`` and ``[SEP]`` included.
         most_regions: regions of an image at most.
         features: fixed features of an image's regions, instead of its pixels.
+        released_rows: whether MLM and ITM of IS have rows of their own.
     """
 
     def __init__(
@@ -154,17 +158,21 @@ class Batcher:
         longest: int,
         most_regions: int,
         features: Callable[[str], View] | None = None,
+        released_rows: bool = False,
     ) -> None:
         self.vocabulary, self.tags = vocabulary, tags
         self.objectives, self.masking = objectives, masking
         self.corpus, self.k = corpus, k
         self.longest, self.most_regions = longest, most_regions
         self.features = features
+        self.released_rows = released_rows
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         """The batch: what is read of the images, and each objective's rows under names that begin with it."""
         views = [self._view(sample) for sample in samples]
         rows: dict[str, list[Row]] = {objective: [] for objective in self.objectives}
+        if "is" in rows and self.released_rows:
+            rows["mlm"] = []
         for sample, view in zip(samples, views, strict=True):
             rng = np.random.default_rng(sample.seed)
             if "rt" in rows:
@@ -175,6 +183,8 @@ class Batcher:
                     rows["rn"].append(self._phrase_row(sentence, view, rng))
                 if "is" in rows:
                     rows["is"].append(self._match_row(sample.id, sentence, rng))
+                if "mlm" in rows:
+                    rows["mlm"].append(self._sentence_row(sentence, view, rng))
         batch = self._regions(views)
         if self.features is None:
             batch["images_BCHW"] = torch.stack([sample.image_CHW for sample in samples])
@@ -306,12 +316,23 @@ class Batcher:
         match = bool(rng.random() < 0.5) and sentence is not None
         text = sentence.text if match and sentence is not None else self._other(image_id, rng)
         row = Row(words=self.vocabulary.sentence(text, self.longest), match=match)
+        if not self.released_rows:
+            self._mask_sentence(row, rng)
+        if not match or self.released_rows:
+            row.labels = [IGNORED] * len(row.words)
+        return row
+
+    def _sentence_row(self, sentence: Sentence | None, view: View, rng: np.random.Generator) -> Row:
+        """MLM of IS in the released code: the retrieved sentence, words and regions masked independently."""
+        row = Row(words=self.vocabulary.sentence(sentence.text if sentence is not None else "", self.longest))
+        self._mask_sentence(row, rng)
+        self._mask_regions(row, rng.random(len(view.tags)) < self.masking.regions, rng)
+        return row
+
+    def _mask_sentence(self, row: Row, rng: np.random.Generator) -> None:
         masked_L = rng.random(len(row.words)) < self.masking.words
         masked_L[[0, -1]] = False
         self._mask_words(row, masked_L, rng)
-        if not match:
-            row.labels = [IGNORED] * len(row.labels)
-        return row
 
     def _spans(self, text: str, links: Sequence[Link]) -> tuple[list[int], list[tuple[int, int]]]:
         """The words of a sentence, and where among them each link's phrase stands; empty where it was cut off."""

@@ -20,7 +20,7 @@ from vlbench.data.weak.align import AlignSettings, weakly_align
 from vlbench.data.weak.corpus import Corpus, open_corpus
 from vlbench.data.weak.images import read_images
 from vlbench.data.weak.pools import read_pool
-from vlbench.recipes.muvla.features import check_features
+from vlbench.recipes.muvla.features import check_features, missing_images
 
 
 def find_corpus(config: Any, sources: Sequence[Source]) -> Corpus:
@@ -34,8 +34,7 @@ def find_corpus(config: Any, sources: Sequence[Source]) -> Corpus:
     """
     if config.corpus is not None:
         corpus = open_corpus(Path(config.corpus).expanduser())
-        known = frozenset(corpus.ids())
-        missing = [image for source in sources for image in source.ids() if image not in known]
+        missing = missing_images(sources, frozenset(corpus.ids()))
         if missing:
             raise UserError(
                 f"{corpus.path}: {len(missing)} images of the data are not in it, first {missing[0]!r}; make it of "

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 from vlbench.core.errors import BadExample, UserError
 from vlbench.core.types import Source
+from vlbench.data.images import image_at
 from vlbench.data.regions.open import open_regions
 from vlbench.data.weak.corpus import Corpus
 from vlbench.recipes.muvla.batch import View
@@ -17,7 +18,7 @@ def features_of(config: Any, corpus: Corpus | None) -> Callable[[str], View]:
 
     Where the file names no classes, the corpus's tags are the regions'.
     """
-    store = open_regions(config.features)
+    store = open_regions(config.features, labels=config.feature_labels)
     width = config.feature_width
 
     def view(image_id: str) -> View:
@@ -47,15 +48,36 @@ def features_of(config: Any, corpus: Corpus | None) -> Callable[[str], View]:
 
 
 def check_features(config: Any, sources: Sequence[Source]) -> list[str]:
-    """All tags in the file of features, having seen that every image of the data is there.
+    """All tags in the file of features, having seen that every image of the data is there (see ``missing_images``).
 
     Raises:
-        UserError: naming the first image without features.
+        UserError: naming the first image without features, if any of these can be read.
     """
-    store = open_regions(config.features)
-    missing = [image for source in sources for image in source.ids() if image not in store]
+    store = open_regions(config.features, labels=config.feature_labels)
+    missing = missing_images(sources, store)
     if missing:
         raise UserError(
             f"{config.features}: {len(missing)} images of the data have no features there, first {missing[0]!r}"
         )
-    return sorted({tag for image in store.ids() for tag in store[image].tags})
+    return sorted({tag for image in store.ids() for tag in store.tags(image)})
+
+
+def missing_images(sources: Sequence[Source], known: Container[str]) -> list[str]:
+    """The images of the data that are not ``known``; none where not one of these can be read.
+
+    What made features or a corpus has left such out, and training passes over them and counts them.
+    """
+    missing = [
+        (source, index, image) for source in sources for index, image in enumerate(source.ids()) if image not in known
+    ]
+    if not any(_can_be_read(source, index) for source, index, _ in missing):
+        return []
+    return [image for _, _, image in missing]
+
+
+def _can_be_read(source: Source, index: int) -> bool:
+    try:
+        image_at(source, index)
+    except BadExample:
+        return False
+    return True

@@ -42,6 +42,8 @@ class RegionTextModel(nn.Module):
         visual: where region features come from; None: from the batch.
         feature_width: F, where they come from the batch.
         regress: whether RT regresses features (MRFR).
+        regress_seen: whether its target is what the stream was shown, zeros mostly, in place of the feature.
+        released_rows: whether RN regresses features too, and IS has a row of its own for MLM, MRC and MRFR.
         image_token: whether the tower's pooled feature is a token of its own.
         mask_pixels: whether the tower sees masked regions blanked out.
         classify: whether the tower's features alone are to name each region's tag, as a detector's are.
@@ -57,6 +59,8 @@ class RegionTextModel(nn.Module):
         visual: RegionTower | None,
         feature_width: int,
         regress: bool = False,
+        regress_seen: bool = False,
+        released_rows: bool = False,
         image_token: bool = False,
         mask_pixels: bool = False,
         classify: bool = False,
@@ -65,6 +69,8 @@ class RegionTextModel(nn.Module):
         self.objectives = tuple(objectives)
         self.visual = visual
         self.mask_pixels = mask_pixels
+        self.regress_seen, self.released_rows = regress_seen, released_rows
+        classifies = "rt" in objectives or (released_rows and "is" in objectives)
         width = visual.width if visual is not None else feature_width
         # One name for all that reads words: presets may train it at another rate than the tower.
         self.text_stream = SingleStream(
@@ -79,8 +85,8 @@ class RegionTextModel(nn.Module):
         self.text_heads = Heads(
             stream.width,
             words=words,
-            tags=tags if "rt" in objectives else None,
-            feature_width=width if regress and "rt" in objectives else None,
+            tags=tags if classifies else None,
+            feature_width=width if regress and ("rt" in objectives or released_rows) else None,
             match="is" in objectives,
             init_std=stream.init_std,
         )
@@ -159,19 +165,30 @@ class RegionTextModel(nn.Module):
 
     def _tags(self, batch: Batch, regions: Regions) -> dict[str, Read]:
         """RT: MLM of tags, MRC, MRFR."""
-        words_BL, masked_BR = batch["rt_words"], batch["rt_masked"] & batch["valid_BR"]
+        words_BL = batch["rt_words"]
         box_BL5 = regions.box_BR5.gather(1, batch["rt_owners"][..., None].expand(-1, -1, 5))
         text, places = self.hidden(regions, words_BL, tags=box_BL5, zeroed_BR=batch["rt_zeroed"])
-        places = places[:, : masked_BR.shape[1]]
-        found = {"rt_words": self._words(text, batch["rt_labels"])}
-        assert self.text_heads.tag is not None, "built for RT"
-        known_BR = masked_BR & (batch["tags_BR"] != IGNORED)
-        found["rt_tags"] = Read(self.text_heads.tag(places[known_BR]), batch["tags_BR"][known_BR], _rows(known_BR))
+        found = {"rt_words": self._words(text, batch["rt_labels"]), "rt_tags": self._classes("rt", places, batch)}
         if self.text_heads.feature is not None:
-            # The target is the feature as it came, not the zeros that the stream was shown.
-            target = regions.features_BRF[masked_BR].detach()
-            found["rt_features"] = Read(self.text_heads.feature(places[masked_BR]), target, _rows(masked_BR))
+            found["rt_features"] = self._features("rt", places, batch, regions)
         return found
+
+    def _classes(self, row: str, places_BRD: torch.Tensor, batch: Batch) -> Read:
+        """MRC of the masked regions of one kind of row."""
+        assert self.text_heads.tag is not None, "built for MRC"
+        known_BR = batch[f"{row}_masked"] & batch["valid_BR"] & (batch["tags_BR"] != IGNORED)
+        places_BRD = places_BRD[:, : known_BR.shape[1]]
+        return Read(self.text_heads.tag(places_BRD[known_BR]), batch["tags_BR"][known_BR], _rows(known_BR))
+
+    def _features(self, row: str, places_BRD: torch.Tensor, batch: Batch, regions: Regions) -> Read:
+        """MRFR of the masked regions. The target is the feature as it came, unless ``regress_seen``."""
+        assert self.text_heads.feature is not None, "built for MRFR"
+        masked_BR = batch[f"{row}_masked"] & batch["valid_BR"]
+        target_MF = regions.features_BRF[masked_BR].detach()
+        if self.regress_seen:
+            target_MF = target_MF.masked_fill(batch[f"{row}_zeroed"][masked_BR][:, None], 0.0)
+        places_BRD = places_BRD[:, : masked_BR.shape[1]]
+        return Read(self.text_heads.feature(places_BRD[masked_BR]), target_MF, _rows(masked_BR))
 
     def _phrases(self, batch: Batch, regions: Regions) -> dict[str, Read]:
         """RN: MLM of noun phrases; p-MRTC, which reads a word of the linked phrase off a masked region."""
@@ -181,18 +198,29 @@ class RegionTextModel(nn.Module):
             "rn_words": self._words(text, batch["rn_labels"]),
             "rn_regions": self._words(places[:, : labels_BR.shape[1]], labels_BR),
         }
-        if self.text_heads.matches is not None:
-            with torch.no_grad():  # only weighs the pairs
-                found["rn_match"] = _pairs(self.text_heads.match(text[:, 0]), torch.ones_like(labels_BR[:, 0]))
-        return found
+        if self.released_rows and self.text_heads.feature is not None:
+            found["rn_features"] = self._features("rn", places, batch, regions)
+        return found | self._weights("rn_match", text)
+
+    def _weights(self, name: str, hidden_BLD: torch.Tensor) -> dict[str, Read]:
+        """How well each row's retrieved sentence matches its image, where the head is there."""
+        if self.text_heads.matches is None:
+            return {}
+        match_B = torch.ones(len(hidden_BLD), dtype=torch.long, device=hidden_BLD.device)
+        with torch.no_grad():  # only weighs the pairs
+            return {name: _pairs(self.text_heads.match(hidden_BLD[:, 0]), match_B)}
 
     def _pairs(self, batch: Batch, regions: Regions) -> dict[str, Read]:
-        """IS: MLM and ITM."""
+        """IS: MLM and ITM; of the released rows, regions too."""
         text, _ = self.hidden(regions, batch["is_words"], tags=None, zeroed_BR=None)
-        return {
-            "is_words": self._words(text, batch["is_labels"]),
-            "match": _pairs(self.text_heads.match(text[:, 0]), batch["is_match"].long()),
-        }
+        match = {"match": _pairs(self.text_heads.match(text[:, 0]), batch["is_match"].long())}
+        if not self.released_rows:
+            return {"is_words": self._words(text, batch["is_labels"]), **match}
+        text, places = self.hidden(regions, batch["mlm_words"], tags=None, zeroed_BR=batch["mlm_zeroed"])
+        found = {"is_words": self._words(text, batch["mlm_labels"]), "is_tags": self._classes("mlm", places, batch)}
+        if self.text_heads.feature is not None:
+            found["is_features"] = self._features("mlm", places, batch, regions)
+        return found | match | self._weights("mlm_match", text)
 
     def _words(self, hidden_BLD: torch.Tensor, labels_BL: torch.Tensor) -> Read:
         read_BL = labels_BL != IGNORED

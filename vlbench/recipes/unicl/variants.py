@@ -24,6 +24,7 @@ from vlbench.models.export import export_visual
 from vlbench.models.two_tower import TwoTower
 from vlbench.models.vision import build_visual
 from vlbench.recipes.base import BaseRecipe, TwoTowerRecipe
+from vlbench.train.blocked import blocked_cross_entropy
 from vlbench.train.distributed import gather, gather_constant, mean_over_ranks, ranks
 from vlbench.train.losses import cross_entropy, image_to_text_loss, supcon_loss, unicl_loss
 
@@ -104,7 +105,12 @@ class SupCon(FromLabels):
     def loss(self, model: torch.nn.Module, batch: Mapping[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
         """The supervised contrastive loss over the whole batch of all ranks."""
         image_BE, logit_scale = model(self.images(batch, config))
-        return {"loss": supcon_loss(image_BE, batch["labels_B"], 1 / logit_scale), "logit_scale": logit_scale}
+        loss = supcon_loss(image_BE, batch["labels_B"], 1 / logit_scale, block=config.loss_block)
+        return {"loss": loss, "logit_scale": logit_scale}
+
+    def takes_blocks(self, config: Any) -> bool:
+        """Its images are compared with each other."""
+        return True
 
 
 class LabelEmbedding(FromLabels):
@@ -120,7 +126,16 @@ class LabelEmbedding(FromLabels):
         """UniCL's loss; the "text" of an image is its class's vector."""
         image_BE, label_BE, logit_scale = model(self.images(batch, config), batch["labels_B"])
         loss = unicl_loss(image_BE, label_BE, batch["labels_B"], logit_scale, block=config.loss_block)
-        return {"loss": loss, "logit_scale": logit_scale}
+        return {"loss": of_directions(loss, config), "logit_scale": logit_scale}
+
+    def takes_blocks(self, config: Any) -> bool:
+        """Its images are compared with the batch's classes, one a row."""
+        return True
+
+
+def of_directions(mean: torch.Tensor, config: Any) -> torch.Tensor:
+    """The loss of both directions as ``config.directions`` joins them, of their mean."""
+    return 2 * mean if config.directions == "sum" else mean
 
 
 class MultiTask(TwoTowerRecipe):
@@ -148,7 +163,7 @@ class MultiTask(TwoTowerRecipe):
         """``contrastive + head_weight * cross_entropy``, each the mean over its own examples of the whole batch."""
         images_BCHW, labels_B = self.images(batch, config), batch["labels_B"]
         image_BE, text_BE, logit_scale, logits_BC = model(images_BCHW, batch["tokens_BL"])
-        contrastive = caption_loss(image_BE, text_BE, labels_B, logit_scale)
+        contrastive = caption_loss(image_BE, text_BE, labels_B, logit_scale, block=config.loss_block)
         entropy = labelled_cross_entropy(logits_BC, labels_B)
         return {
             "loss": contrastive + config.head_weight * entropy,
@@ -157,11 +172,22 @@ class MultiTask(TwoTowerRecipe):
             "logit_scale": logit_scale,
         }
 
+    def takes_blocks(self, config: Any) -> bool:
+        """The one of its losses that has a matrix of logits does."""
+        return True
+
 
 def caption_loss(
-    image_BE: torch.Tensor, text_BE: torch.Tensor, labels_B: torch.Tensor, logit_scale: torch.Tensor | float
+    image_BE: torch.Tensor,
+    text_BE: torch.Tensor,
+    labels_B: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+    *,
+    block: int | None = None,
 ) -> torch.Tensor:
     """CLIP's loss among the caption pairs (label -1) of all ranks; the labelled ones are not even negatives.
+
+    With ``block`` it holds so many rows of logits at once, as ``train/losses.py``; with None, all.
 
     Returns:
         The mean over the caption pairs of the whole batch, in nats; 0, with a gradient of 0, where there is none.
@@ -169,6 +195,8 @@ def caption_loss(
     captions_N = gather_constant(labels_B) < 0
     own_B = ranks().rank * len(labels_B) + torch.arange(len(labels_B), device=labels_B.device)
     with torch.autocast(image_BE.device.type, enabled=False):  # bfloat16 is too coarse for logits
+        if block is not None:
+            return mean_over_ranks(_blocked_captions(image_BE, text_BE, captions_N, own_B, logit_scale, block))
         loss_B = torch.zeros_like(own_B, dtype=image_BE.dtype)
         for rows_BE, keys_BE in ((image_BE, text_BE), (text_BE, image_BE)):
             logits_BN = logit_scale * rows_BE @ gather(keys_BE).T
@@ -176,6 +204,34 @@ def caption_loss(
             logits_BN = logits_BN.masked_fill(~captions_N, torch.finfo(logits_BN.dtype).min)
             loss_B = loss_B + F.cross_entropy(logits_BN, own_B, reduction="none") / 2
         return _mean_where(labels_B < 0, loss_B)
+
+
+def _blocked_captions(
+    image_BE: torch.Tensor,
+    text_BE: torch.Tensor,
+    captions_N: torch.Tensor,
+    own_B: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+    block: int,
+) -> torch.Tensor:
+    """What ``caption_loss`` takes the mean over ranks of: rows and keys of the caption pairs alone."""
+    # K: the whole batch's caption pairs, M: this rank's.
+    mine_B, places_K = captions_N[own_B], captions_N.nonzero()[:, 0]
+    places_M = own_B[mine_B]
+    share = ranks().world / max(1, len(places_K)) / 2  # of the whole mean, since ranks may have any number of them
+    loss = image_BE.new_zeros(())
+    for rows_BE, keys_BE in ((image_BE, text_BE), (text_BE, image_BE)):
+        loss = loss + blocked_cross_entropy(
+            rows_BE[mine_B],
+            gather(keys_BE)[captions_N],
+            logit_scale,
+            classes_B=places_M,
+            classes_N=places_K,
+            smoothing=0.0,
+            block=block,
+            weights_B=image_BE.new_full((len(places_M),), share),
+        )
+    return loss
 
 
 def labelled_cross_entropy(logits_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
