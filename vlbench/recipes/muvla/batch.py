@@ -245,7 +245,7 @@ class Batcher:
             width = next(part.shape[1] for part in found if part is not None)
             features_BRF = torch.zeros(*batch["valid_BR"].shape, width)
             for row_RF, part in zip(features_BRF, found, strict=True):
-                row_RF[: len(part)] = torch.from_numpy(np.ascontiguousarray(part, dtype=np.float32))  # type: ignore[arg-type]
+                row_RF[: len(part)] = torch.from_numpy(np.array(part, dtype=np.float32))  # a copy: it may be read-only
             batch["features_BRF"] = features_BRF
         return batch
 
