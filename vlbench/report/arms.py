@@ -79,17 +79,13 @@ def arms_page(
     """
     wanted = wanted or Wanted()
     names = {name for arm in arms for name in arm.models}
-    by_protocol: dict[tuple[Protocol, int], dict[str, Result]] = {}
+    by_protocol: dict[tuple[Protocol, int, str], dict[str, Result]] = {}
     for result in results:
         if result.model.name in names:
-            for place in range(len(wanted.of(result))):
-                whole = replace(Protocol.of(result), metric="")  # a task's columns stand together, its headline first
-                by_protocol.setdefault((whole, place), {})[result.model.name] = result
-    columns = []
-    for whole, place in sorted(by_protocol):
-        column = by_protocol[whole, place]
-        metric = wanted.of(next(iter(column.values())))[place]
-        columns.append((replace(whole, metric=metric), column))
+            whole = replace(Protocol.of(result), metric="")  # a task's columns stand together, its headline first
+            for place, metric in enumerate(wanted.of(result)):
+                by_protocol.setdefault((whole, place, metric), {})[result.model.name] = result
+    columns = [(replace(key[0], metric=key[2]), by_protocol[key]) for key in sorted(by_protocol)]
     rows = []
     for arm in arms:
         cells = [_cell(arm, column, protocol.metric, outcomes_of) for protocol, column in columns]
