@@ -183,7 +183,7 @@ def found() -> Any:
     return find
 
 
-@pytest.mark.parametrize("name", [*of("open_clip"), *of("timm"), *of("torchvision")])
+@pytest.mark.parametrize("name", [*of("open_clip"), *of("timm"), *of("torchvision"), *of("unicl")])
 def test_card_says_what_its_loader_finds(name: str, found: Any) -> None:
     card, loaded = CARDS[name], found(name)
     for field in ("arch", "text", "provides", "params"):
@@ -209,7 +209,7 @@ def test_hub_card_says_what_its_architecture_holds(name: str) -> None:
 
 
 def test_card_without_a_tag_never_stands_for_the_librarys_default_weights(tmp_path: Any) -> None:
-    by_hand = [name for loader in ("timm", "torchvision", "open_clip") for name in of(loader)]
+    by_hand = [name for loader in ("timm", "torchvision", "open_clip", "unicl") for name in of(loader)]
     by_hand = [name for name in by_hand if name not in tagged(CARDS[name].loader)]
     assert {"virtex-r50", "unicl-swin-t-in21k-yfcc14m"} <= set(by_hand)
     for name in by_hand:

@@ -72,6 +72,7 @@ LOADERS = Registry(
         "open_clip": "vlbench.models.loaders.open_clip:load",
         "torchvision": "vlbench.models.loaders.torchvision:load",
         "hf": "vlbench.models.loaders.hf:load",
+        "unicl": "vlbench.models.loaders.unicl:load",
         "build": "vlbench.models.loaders.build:load",
         "baseline": "vlbench.models.loaders.baseline:load",
     },

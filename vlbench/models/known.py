@@ -27,7 +27,7 @@ from vlbench.core.paths import cache_dir
 from vlbench.core.types import Backbone
 from vlbench.models.tokenizer_files import placed_files
 
-_LIBRARIES = ("open_clip", "timm", "torchvision", "hf")
+_LIBRARIES = ("open_clip", "timm", "torchvision", "hf", "unicl")
 _FOLDERS = ("open_clip:local-dir:", "hf:")
 _PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "transformers", "tokenizers")
 _PACKAGE = Path(__file__).resolve().parent.parent

@@ -86,7 +86,7 @@ def in_names_of(
         if _fits(candidate, wanted, ignored):
             warnings.warn(f"{where}{said}", stacklevel=4)
             return candidate
-        converted = _by_timm(net, candidate)
+        converted = converted_by_timm(net, candidate)
         if converted is not None and _fits(converted, wanted, ignored):
             warnings.warn(f"{where}{said}; its authors' names converted by timm", stacklevel=4)
             return converted
@@ -97,6 +97,12 @@ def in_names_of(
             warnings.warn(f"{where}{said}; the names of its ResNet converted, {told}", stacklevel=4)
             return converted
     return state
+
+
+def published_image_tower(state: Mapping[str, torch.Tensor], *, whose: Iterable[str]) -> dict[str, torch.Tensor] | None:
+    """The image tower under its own names where ``state`` is a whole model in one of these layouts; else None."""
+    towers = (layout.image_tower(state) for layout in LAYOUTS if layout.what in tuple(whose))
+    return next((tower for tower in towers if tower is not None), None)
 
 
 def _fits(state: Iterable[str], wanted: set[str], ignored: tuple[str, ...]) -> bool:
@@ -113,8 +119,8 @@ def _by_detectron2(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | 
         return None
 
 
-def _by_timm(net: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
-    """What timm itself makes of the authors' names (Swin's, DINOv2's, ConvNeXt's, ...)."""
+def converted_by_timm(net: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    """What timm itself makes of the authors' names (Swin's, DINOv2's, ConvNeXt's, ...); None where it knows none."""
     module = type(net).__module__
     convert = getattr(sys.modules[module], "checkpoint_filter_fn", None)
     if convert is None or not module.startswith("timm."):

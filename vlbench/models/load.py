@@ -20,7 +20,8 @@ from vlbench.models.weights import WEIGHT_SUFFIXES, existing_file
 
 FORMS = (
     "a run folder or checkpoint (runs/a, ckpt.pt), a reference model (vlbench list models), "
-    "timm:NAME, open_clip:NAME.TAG, torchvision:NAME, hf:REPO or hf:FOLDER, baseline:shuffled, or pkg.mod:build"
+    "timm:NAME, open_clip:NAME.TAG, torchvision:NAME, hf:REPO or hf:FOLDER, unicl:SWIN, baseline:shuffled, or "
+    "pkg.mod:build"
 )
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 # From a reference card, whatever the loader finds out by itself: who made it, and how it is to be measured.
@@ -33,8 +34,8 @@ def load_backbone(
     """The backbone that ``spec`` names.
 
     Args:
-        spec: a run folder or checkpoint file, a reference card's id, ``timm:``, ``open_clip:``, ``torchvision:`` or
-            ``hf:`` with a name, or ``pkg.mod:build``.
+        spec: a run folder or checkpoint file, a reference card's id, ``timm:``, ``open_clip:``, ``torchvision:``,
+            ``hf:`` or ``unicl:`` with a name, or ``pkg.mod:build``.
         weights: a local file for that architecture, for ``hf:`` models also a folder with all their files; ``random``
             or ``random:SEED`` for a fresh initialisation (seed 0 where none is given); None for the weights that
             ``spec`` itself names.
