@@ -89,8 +89,14 @@ def test_imagenet81_is_the_80_and_the_bare_name() -> None:
     assert cards.prompt_lines("imagenet81") == named_templates("imagenet81"), "what training means by this name"
 
 
+def by_wnid() -> tuple[str, ...]:
+    """The first table of the file."""
+    lines = cards.prompt_lines("imagenet_classnames")
+    return lines[: lines.index("---")]
+
+
 def test_imagenet_names_are_clip_s_by_wnid() -> None:
-    rows = [line.split("\t") for line in cards.prompt_lines("imagenet_classnames")]
+    rows = [line.split("\t") for line in by_wnid()]
     wnids, names = zip(*rows, strict=True)
     assert len(rows) == 1000
     assert list(wnids) == sorted(set(wnids)), "the usual order of labels is that of the wnids"
@@ -107,7 +113,7 @@ def test_imagenet_names_are_clip_s_by_wnid() -> None:
 
 def test_imagenet_names_are_those_that_open_clip_uses() -> None:
     open_clip = pytest.importorskip("open_clip")
-    names = [line.split("\t")[1] for line in cards.prompt_lines("imagenet_classnames")]
+    names = [line.split("\t")[1] for line in by_wnid()]
     assert names == list(open_clip.IMAGENET_CLASSNAMES)
     assert list(cards.prompt_lines("imagenet80")) == [make("{}") for make in open_clip.OPENAI_IMAGENET_TEMPLATES]
 
@@ -120,7 +126,17 @@ def test_imagenet_s_wnids_are_those_that_timm_lists(name: str) -> None:
     found = class_names(table, wnids, where=name)
     assert len(wnids) == len(found) == cards.dataset_cards()[name].n_classes
     if name == "imagenet1k":
-        assert wnids == [line.split("\t")[0] for line in table]
+        assert wnids == [line.split("\t")[0] for line in by_wnid()]
+
+
+def test_imagenet_of_the_hub_is_named_by_clip_s_list_too() -> None:
+    lines = (resources.files("timm.data") / "_info" / "imagenet_synset_to_lemma.txt").read_text(encoding="utf-8")
+    words = dict(line.split("\t", 1) for line in lines.splitlines())
+    words["n03126707"] = "crane2"  # a ClassLabel's names differ
+    rows = [line.split("\t") for line in by_wnid()]
+    own = [words[wnid] for wnid, _ in rows]
+    assert (own[0], own[-1]) == ("tench, Tinca tinca", "toilet tissue, toilet paper, bathroom tissue")
+    assert class_names(cards.prompt_lines("imagenet_classnames"), own, where="") == tuple(name for _, name in rows)
 
 
 BY_CODE = [

@@ -72,6 +72,15 @@ def test_class_names_that_are_the_table_s_own_already_stay_beside_others():
     assert class_names(("0\t1", "1\t0"), ("0", "1"), where="") == ("1", "0"), "an own name comes before a class name"
 
 
+def test_class_names_take_the_table_that_has_every_class():
+    lines = (*TABLE, "---", "bird, birdie\tbird", "cat\tpet cat", "hound, dog\tdog")
+    assert class_names(lines, ("n01503061", "n02084071"), where="") == ("bird", "dog")
+    assert class_names(lines, ("cat", "hound, dog"), where="") == ("pet cat", "dog")
+    assert class_names(lines, ("cat", "tabby"), where="") == ("cat", "tabby"), "words of neither stay as they are"
+    with pytest.raises(UserError, match="for instance 'n99999999'"):
+        class_names(lines, ("n99999999",), where="")
+
+
 SHARDS = ("angry", "disgusted", "fearful", "happy", "neutral", "sad", "surprised")
 FOLDERS = ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise")
 NOUNS = ("anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise")

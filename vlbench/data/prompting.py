@@ -12,6 +12,7 @@ from vlbench.core.types import Example
 
 _CODE = re.compile(r"\d+|n\d{8}")
 """What is a class's number or WordNet code, and no name."""
+_NEXT_TABLE = "---"
 
 
 def class_names(lines: Sequence[str], own: Sequence[str], *, where: str) -> tuple[str, ...]:
@@ -20,7 +21,8 @@ def class_names(lines: Sequence[str], own: Sequence[str], *, where: str) -> tupl
     Args:
         lines: one class name a line by label; or ``own name<TAB>class name``, in any order and for more classes than
             the data have: then the data's order rules and a subset (ImageNet-A) needs no file of its own. Several own
-            names may stand before the class name, which is an own name too.
+            names may stand before the class name, which is an own name too. A line of ``---`` begins another table:
+            the first one that has every class counts, else the first.
         own: the data's own class names by label.
         where: what to call the data in an error.
 
@@ -32,12 +34,8 @@ def class_names(lines: Sequence[str], own: Sequence[str], *, where: str) -> tupl
         if len(lines) != len(own):
             raise UserError(f"data {where!r}: {len(lines)} class names were given for {len(own)} classes")
         return tuple(lines)
-    table: dict[str, str] = {}
-    for line in lines:
-        *keys, name = (cell.strip() for cell in line.split("\t"))
-        for key in keys:
-            if table.setdefault(key, name) != name:
-                raise UserError(f"class names: {key!r} stands for both {table[key]!r} and {name!r}")
+    tables = _tables(lines)
+    table = next((table for table in tables if table.keys() >= set(own)), tables[0])
     if not any(name in table or _CODE.fullmatch(name) for name in own):
         return tuple(own)
     # Shards may call some classes by the table's own name and others by the task's (FER 2013: angry, disgusted).
@@ -49,6 +47,20 @@ def class_names(lines: Sequence[str], own: Sequence[str], *, where: str) -> tupl
             f"instance {missing[0]!r}; are these the data that the task means?"
         )
     return tuple(table[name] for name in own)
+
+
+def _tables(lines: Sequence[str]) -> list[dict[str, str]]:
+    """Own name → class name, for every table of the file."""
+    tables: list[dict[str, str]] = [{}]
+    for line in lines:
+        if line == _NEXT_TABLE:
+            tables.append({})
+            continue
+        *keys, name = (cell.strip() for cell in line.split("\t"))
+        for key in keys:
+            if tables[-1].setdefault(key, name) != name:
+                raise UserError(f"class names: {key!r} stands for both {tables[-1][key]!r} and {name!r}")
+    return tables
 
 
 def are_numbers(names: Sequence[str]) -> bool:

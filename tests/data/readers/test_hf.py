@@ -9,6 +9,7 @@ import pytest
 from tests.data.making import png, write_files
 from vlbench.core.errors import BadExample, UserError
 from vlbench.data.sources import is_present, list_splits, open_source
+from vlbench.data.taskdata import TaskData
 
 datasets = pytest.importorskip("datasets")
 
@@ -41,6 +42,37 @@ def test_hf_reads_a_folder_of_parquet_files(tmp_path):
     assert source[1].image == png(1)
     assert (source[1].id, source[1].label) == ("validation/1", 1)
     assert pickle.loads(pickle.dumps(source))[3] == source[3]
+
+
+def test_hf_test_split_of_hidden_labels_is_no_test_split(tmp_path):
+    """ImageNet's 100,000 test images on the hub are all labelled -1; its validation images are what is reported."""
+    labels = datasets.ClassLabel(names=["cat", "dog"])
+    for split, values in {"train": [0, 1, 0], "validation": [1, 0, 1], "test": [-1, -1, -1]}.items():
+        data = table(3, label=values).cast_column("label", labels)
+        data.to_parquet(str(tmp_path / f"{split}-00000-of-00001.parquet"))
+    assert list_splits(f"hf:{tmp_path}") == ("train", "val", "test (labels hidden)")
+    data = TaskData(f"hf:{tmp_path}")
+    assert list(data.split("test").labels()) == [1, 0, 1]
+    assert open_source(f"hf:{tmp_path}", "test (labels hidden)").labels() == [None] * 3
+
+
+def test_hf_table_that_says_each_row_s_split_is_divided_by_it(tmp_path):
+    """Flickr30k on the hub: all rows in one split, Karpathy's division in a column."""
+    said = ["train", "val", "test", "train", "test", "train"]
+    data = table(6, caption=[[f"caption {i}"] for i in range(6)], split=said)
+    data.to_parquet(str(tmp_path / "test-00000-of-00001.parquet"))
+    assert list_splits(f"hf:{tmp_path}") == ("train", "val", "test")
+    source = open_source(f"hf:{tmp_path}", "test")
+    assert [example.texts["en"] for example in source] == [("caption 2",), ("caption 4",)]
+    assert [example.image for example in source] == [png(2), png(4)]
+    assert pickle.loads(pickle.dumps(source))[1] == source[1]
+
+
+@pytest.mark.parametrize("values", [["a", "b"] * 3, ["train", None] * 3, [1, 2] * 3])
+def test_hf_column_split_that_says_something_else_divides_nothing(tmp_path, values):
+    table(6, split=values).to_parquet(str(tmp_path / "test-00000-of-00001.parquet"))
+    assert list_splits(f"hf:{tmp_path}") == ("test",)
+    assert len(open_source(f"hf:{tmp_path}", "test")) == 6
 
 
 def test_hf_sorts_the_class_names_of_word_labels_over_all_splits(tmp_path):

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _LABEL_NAMES = ("label", "labels", "fine_label", "class")
 _TEXT_NAMES = ("caption", "captions", "text", "texts", "sentence", "sentences")
 _ID_NAMES = ("id", "image_id", "sample_id")
+_SPLIT_NAME = "split"
+_STANDARD = ("train", "val", "test")
 _OPTIONS = {
     "image": "the column of the images",
     "label": "the column of the labels",
@@ -157,7 +159,30 @@ def _load(spec: DataSpec) -> dict[str, datasets.Dataset]:
         if chosen not in near:
             raise UserError(f"data {spec.bare!r}: {unknown('split', chosen, tables)}")
         tables = {near[chosen]: tables[near[chosen]]}
-    return {str(name): _undecoded(table) for name, table in tables.items()}
+    return {name: _undecoded(table) for name, table in _divided(_hidden_apart(tables)).items()}
+
+
+def _divided(tables: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+    """One table by its column of splits, as Karpathy's division lies on the hub; else the tables as they are."""
+    if len(tables) > 1 or _SPLIT_NAME not in next(iter(tables.values())).column_names:
+        return tables
+    table = next(iter(tables.values()))
+    names = table.with_format(None)[_SPLIT_NAME][:]
+    if not names or not all(isinstance(name, str) and canonical_split(name) in _STANDARD for name in set(names)):
+        return tables
+    return {name: table.select([row for row, of in enumerate(names) if of == name]) for name in dict.fromkeys(names)}
+
+
+def _hidden_apart(tables: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+    """A test split whose every label is hidden (-1: ImageNet's on the hub) under a name that no task asks for."""
+    import datasets
+
+    named = {str(name): table for name, table in tables.items()}
+    for name, table in tables.items():
+        labels = [key for key in table.column_names if isinstance(table.features[key], datasets.ClassLabel)]
+        if canonical_split(str(name)) == "test" and len(tables) > 1 and labels and table.unique(labels[0]) == [-1]:
+            named[f"{name} (labels hidden)"] = named.pop(str(name))
+    return named
 
 
 def _load_files(path: Any, cache: str) -> Any:
