@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from vlbench.core.config import Config
 from vlbench.core.errors import UserError
+from vlbench.models.padding import LENGTH_STEP, runs_whole
 
 PAD = 0
-_SHORT = 16
 _HEAD_WIDTH = 64
 _INIT_STD = 0.02
 
@@ -88,15 +88,13 @@ class BertTower(nn.Module):
 
     def _first(self, tokens_BL: torch.Tensor) -> torch.Tensor:
         """``first_BD``: the last hidden state of the first token."""
-        one_call = self.in_one_call or tokens_BL.shape[1] <= _SHORT or tokens_BL.device.type != "cpu"
-        one_call = one_call or torch.compiler.is_compiling()
-        if not one_call:
-            is_short_B = (tokens_BL[:, _SHORT:] == PAD).all(1)
-            one_call = not bool(is_short_B.any())
-        if one_call:
+        if runs_whole(tokens_BL, asked=self.in_one_call):
+            return self._encode(tokens_BL)
+        is_short_B = (tokens_BL[:, LENGTH_STEP:] == PAD).all(1)
+        if not is_short_B.any():
             return self._encode(tokens_BL)
         short, long = is_short_B.nonzero()[:, 0], (~is_short_B).nonzero()[:, 0]
-        first_BD = self._encode(tokens_BL[short, :_SHORT])
+        first_BD = self._encode(tokens_BL[short, :LENGTH_STEP])
         if len(long):
             first_BD = torch.cat([first_BD, self._encode(tokens_BL[long])])
         return first_BD[torch.cat([short, long]).argsort()]

@@ -14,6 +14,20 @@ LENGTH_STEP = 16
 """Tokens of a row come in multiples of it."""
 
 
+def runs_whole(rows_BL: torch.Tensor, *, asked: bool) -> bool:
+    """Whether a causal or masked tower runs these rows (B, L, anything) together, or may run the short ones apart.
+
+    On a CPU rows that end within the first ``LENGTH_STEP`` tokens are worth a call of their own: most captions are
+    short, one long caption would make them all long, and a row's output is the same to the bit. On a GPU, or compiled,
+    the padding costs less than shapes that change from batch to batch.
+
+    Args:
+        rows_BL: token ids, or what was made of them.
+        asked: whether one call is asked for, whatever the texts (``train/sharding``).
+    """
+    return asked or rows_BL.shape[1] <= LENGTH_STEP or rows_BL.device.type != "cpu" or torch.compiler.is_compiling()
+
+
 def padded_ids(
     rows: Sequence[Sequence[int]], *, step: int = LENGTH_STEP, most: int | None = None, pad: int = 0
 ) -> torch.Tensor:

@@ -27,7 +27,7 @@ from vlbench.core.errors import UserError
 from vlbench.models.byte_pairs import BytePairs
 from vlbench.models.loaders.shared import TOKENIZER_PACKAGES, hub_offline_without_network, quiet_logging
 from vlbench.models.open_clip_import import import_open_clip
-from vlbench.models.padding import LENGTH_STEP, padded_ids
+from vlbench.models.padding import LENGTH_STEP, padded_ids, runs_whole
 from vlbench.models.tokenizer_files import how_to_place, tokenizer_place
 
 _CACHED_TEXTS = 100_000  # token tuples kept per tokenizer: about 30 MB; prompts and captions come back every epoch
@@ -119,14 +119,10 @@ def causal_text_embedding(net: Any, tokens_BL: torch.Tensor, *, in_one_call: boo
 def _at_the_end(net: Any, x_BLD: torch.Tensor, end_B: torch.Tensor, *, in_one_call: bool = False) -> torch.Tensor:
     """``x_BD``: the transformer's output at each row's end-of-text token.
 
-    On a CPU the rows that end within the first 16 tokens run apart from the longer ones: most captions are short, one
-    long caption would make them all long, and a row's output is the same to the bit. On a GPU, or compiled, the whole
-    batch is one call: the padding costs less there than shapes that change from batch to batch.
+    Rows that end within the first 16 tokens may run apart from the longer ones: see ``padding.runs_whole``.
     """
     is_short_B = end_B < LENGTH_STEP
-    one_call = in_one_call or x_BLD.shape[1] <= LENGTH_STEP or x_BLD.device.type != "cpu"
-    one_call = one_call or torch.compiler.is_compiling()
-    if one_call or not is_short_B.any() or is_short_B.all():
+    if runs_whole(x_BLD, asked=in_one_call) or not is_short_B.any() or is_short_B.all():
         length = x_BLD.shape[1]
         x_BLD = net.transformer(x_BLD, attn_mask=net.attn_mask[:length, :length])
         return x_BLD[torch.arange(len(end_B), device=x_BLD.device), end_B]
