@@ -137,6 +137,7 @@ def test_study_trains_measures_and_reuses(capsys: pytest.CaptureFixture[str]) ->
         "seeds": [0],
         "set": settings,
         "models": {"mean colour": "tests.verbs.toy_backbone:build"},
+        "notes": ["The night images have no captions."],
     }
     assert run(arguments(written(**changes))) == 0
     first = capsys.readouterr().out
@@ -147,7 +148,7 @@ def test_study_trains_measures_and_reuses(capsys: pytest.CaptureFixture[str]) ->
     assert [line.split("|")[1].strip() for line in table.split("\n") if line.startswith("| ")] == [
         *("Arm", "supervised", "clip", "random", "mean colour", "*chance*")
     ]
-    assert "Every arm saw 16 images through timm:test_resnet at 32 px." in table
+    assert "The night images have no captions.\n\nEvery arm saw 16 images through timm:test_resnet at 32 px." in table
     board = Path("results/LEADERBOARD.md").read_text()
     for name in ("supervised-s0", "clip-s0", "random-s0", "mean colour"):
         assert name in board

@@ -71,6 +71,7 @@ class Study(Config):
     )
     data_root: str | None = Field(default=None, description="as for `vlbench eval --data-root`")
     eval_data: str | None = Field(default=None, description="as for `vlbench eval --data`: what the kinds are run on")
+    notes: tuple[str, ...] = Field(default=(), description="lines under the table: what was left out, and why")
 
     @model_validator(mode="after")
     def _every_cell_has_its_own_name(self) -> Self:
@@ -124,7 +125,8 @@ def run(args: argparse.Namespace) -> int:
 
     study = read_study(Path(args.file))
     cells = list(itertools.product(study.backbones or (None,), study.seeds, study.arms))
-    notes = _budgets(study, cells, args.file)  # a mistake in the last arm is better known before the first is trained
+    budgets = _budgets(study, cells, args.file)  # a mistake in the last arm is better known before the first is trained
+    notes = [*study.notes, *budgets]
     if args.table_only or args.check:
         return _tabulate(study, args, notes)
     _check_tasks(study, args.file)
