@@ -90,7 +90,7 @@ def test_wrap_takes_a_text_function(images_BCHW):
 
 
 def test_backbone_names_an_output_that_is_no_feature(images_BCHW):
-    with pytest.raises(UserError, match=r"mine: expected a pooled feature .* got a tensor of shape \(2, 3, 32, 32\)"):
+    with pytest.raises(UserError, match=r"mine: expected a pooled feature .* got a tensor of shape \(8, 3, 32, 32\)"):
         wrap(nn.Identity(), preprocess=32, name="mine").encode_image(images_BCHW)
 
 

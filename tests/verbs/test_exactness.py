@@ -23,6 +23,7 @@ from tests.verbs.test_crew import _stored as stored
 from tests.verbs.test_crew import _together as together
 from vlbench.cli import main
 from vlbench.core.catalog import ADAPTERS
+from vlbench.store.results import ResultStore
 
 TEXT = {"context_length": 24, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 VISION = {"layers": 2, "width": 64, "head_width": 16, "patch_size": 8, "image_size": 32}
@@ -30,7 +31,7 @@ QUICK = ("clip_benchmark_probe", "elevater_probe", "knn", "knn_multilabel", "zer
 Measure: TypeAlias = Callable[..., dict[str, Any]]
 CLASSES = {"amber": (220, 150, 40), "green": (40, 170, 70), "violet": (140, 70, 200)}
 ELSEWHERE = {"retrieval", "linear"}
-"""In test_crew: retrieval needs captions, and linear is slow to fit."""
+"""In tests of their own: retrieval needs captions, and linear is slow to fit."""
 TOWERS = {"pooled", "embed", "text"}
 KINDS = sorted(
     kind
@@ -117,6 +118,40 @@ def test_every_adapter_is_asked_of_images_that_it_can_get_wrong(alone: dict[str,
 
 def test_batch_size_moves_no_digit(measure: Measure, alone: dict[str, Any], tmp_path: Path) -> None:
     assert measure(tmp_path, "--batch-size", "1", "--no-store") == alone
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Noisy images, each with a caption of its own length."""
+    root, rng = tmp_path_factory.mktemp("captioned"), np.random.default_rng(1)
+    lines = ["filepath\ttitle"]
+    for number in range(250):
+        names = [list(CLASSES)[colour] for colour in rng.integers(len(CLASSES), size=1 + number % 4)]
+        _draw([CLASSES[name] for name in names], rng).save(root / f"{number:03}.png")
+        lines.append(f"{number:03}.png\t{number} {' and '.join(names)}, no. {rng.integers(1000)}")
+    (root / "all.csv").write_text("\n".join(lines) + "\n")
+    return f"csv:{root / 'all.csv'}"
+
+
+@pytest.mark.parametrize("size", ["1", "7"])
+def test_batch_size_moves_no_rank(
+    model: str, captioned: str, data: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str
+) -> None:
+    """Every rank, also deep in the list, where neighbours' scores lie closest; and a probe's converged weights."""
+    asked = {"retrieval": [captioned, "--set", "k=[1,5,10,20,30,40]"], "linear": [data[0]]}
+    found = []
+    for batch in ("64", size):
+        place = tmp_path / batch
+        monkeypatch.setenv("VLBENCH_CACHE", str(place / "cache"))
+        for task, options in asked.items():
+            words = ["eval", "--model", model, "--name", "vit", "--tasks", task, "--data", *options, "--device", "cpu"]
+            assert main([*words, "--results", str(place / "results"), "--workers", "0", "--batch-size", batch]) == 0
+        store, results = ResultStore(place / "results"), stored(place)
+        columns = {name: store.rows(result).columns.items() for name, result in results.items()}
+        rows = {name: {key: list(column) for key, column in pairs} for name, pairs in columns.items()}
+        found.append((numbers(results), rows))
+    assert len(found[0][0]) == len(asked)
+    assert found[0] == found[1]
 
 
 def test_two_processes_and_the_store_move_no_digit(

@@ -20,6 +20,7 @@ from vlbench.core.cards import ModelCard, Preprocess, TextSpec
 from vlbench.core.errors import UserError
 from vlbench.core.fingerprint import fingerprint
 from vlbench.core.types import Features, Provides, Region
+from vlbench.models.rows import filled, filled_list, first_rows
 from vlbench.models.towers import VisualTower
 from vlbench.models.user_code import code_fingerprint, is_of_user
 
@@ -87,10 +88,10 @@ class TorchBackbone:
         pooled feature, and most tasks read that alone.
         """
         with _evaluation(self.module):
-            images_BCHW = images_BCHW.to(self.device)
             ask = {"dense": True} if dense and self._takes_dense else {}
-            out = self._image_fn(images_BCHW, **ask)
+            out = self._image_fn(filled(images_BCHW.to(self.device)), **ask)
             features = out if isinstance(out, Features) else Features(pooled_BD=_pooled(out, self.card.id))
+            features = first_rows(features, len(images_BCHW))
             embed_BE = None if features.embed_BE is None else features.embed_BE.float()
             return replace(features, pooled_BD=features.pooled_BD.float(), embed_BE=embed_BE)
 
@@ -99,14 +100,14 @@ class TorchBackbone:
         if self._text_fn is None or self._tokenizer is None:
             raise UserError(f"{self.card.id} has no text tower; it can be probed (linear, knn), not prompted")
         with _evaluation(self.module):
-            return self._text_fn(self._tokenizer(texts).to(self.device)).float()
+            return self._text_fn(self._tokenizer(filled_list(texts)).to(self.device))[: len(texts)].float()
 
     def describe(self, images_BCHW: torch.Tensor) -> list[str]:
         """A caption for each of these preprocessed float images, the same whatever images stand beside it."""
         if self._captions_fn is None:
             raise UserError(f"{self.card.id} writes no captions; vlbench pretrain virtex trains a model that does")
         with _evaluation(self.module):
-            return self._captions_fn(images_BCHW.to(self.device))
+            return self._captions_fn(filled(images_BCHW.to(self.device)))[: len(images_BCHW)]
 
     def match(
         self,
@@ -131,9 +132,14 @@ class TorchBackbone:
             raise UserError(f"{self.card.id} scores no pairs; vlbench pretrain muvla trains a model that does")
         assert image_of is not None or len(texts) == len(images_BCHW), "a text for each image, or image_of"
         with _evaluation(self.module):
-            images_BCHW = images_BCHW.to(self.device)
             image_of_M = torch.arange(len(texts)) if image_of is None else torch.as_tensor(image_of, dtype=torch.long)
-            return self._match_fn(images_BCHW, texts, image_of_M, regions).float()
+            p_M = self._match_fn(
+                filled(images_BCHW.to(self.device)),
+                filled_list(texts),
+                filled(image_of_M),
+                None if regions is None else filled_list(regions),
+            )
+            return p_M[: len(texts)].float()
 
 
 def wrap(
