@@ -19,6 +19,7 @@ from vlbench.core.cards import ModelCard, Preprocess, task_cards
 from vlbench.core.errors import UserError
 from vlbench.core.types import Rows
 from vlbench.models.backbone import TorchBackbone
+from vlbench.models.rows import ROW_STEP
 from vlbench.stats.intervals import mean_of
 from vlbench.store.examples import rows_from_parquet, rows_to_parquet
 
@@ -279,7 +280,7 @@ def test_encoder_describes_each_image_once_in_the_order_of_the_source(batch_size
     encoder = Encoder(speaking(batches), None, batch_size=batch_size, progress=lambda *at: shown.append(at))
     captions = encoder.captions(Pictures())
     assert captions[:4] == ["colour 0", "colour 1", "colour 2", "colour 0"]
-    assert (sum(batches), max(batches)) == (4, min(4, batch_size))
+    assert batches == [ROW_STEP] * -(-4 // batch_size), "four different images, each batch filled up"
     assert shown[-1] == (4, 4)
     assert encoder.stats.images_encoded == 4
     assert encoder.stats.images_per_second is not None
@@ -290,3 +291,25 @@ def test_encoder_refuses_another_number_of_captions() -> None:
     backbone._captions_fn = lambda images: ["one"]
     with pytest.raises(UserError, match="speaker: 1 captions of 4 images"):
         Encoder(backbone, None).captions(Pictures())
+
+
+# ------------------------------------------------------------------------------------------------ what is shown
+
+
+def test_three_captions_are_shown_the_same_in_any_order_of_the_data() -> None:
+    rows, _ = measured(GENERATED, data_of())
+    for order in (range(5), (3, 0, 4, 1, 2)):
+        turned = Rows({name: [rows[name][i] for i in order] for name in rows}, rows.meta)
+        assert ADAPTER.shown(turned) == [
+            "test/0: a red square left of a blue star",
+            "    a reference: a red square left of a blue circle",
+            "test/1: a green star",
+            "    a reference: a green star at the top",
+            "test/2: a brown cross above two blue hearts on the left",
+            "    a reference: two blue hearts above a brown cross",
+        ]
+
+
+def test_what_is_shown_of_a_caption_is_one_line() -> None:
+    rows = Rows({"id": ["a", "b"], "caption": ["", "two\nlines"], "references": [["x\r\n y", "z"], ["w"]]})
+    assert ADAPTER.shown(rows) == ["a: (nothing)", "    a reference: x y", "b: two lines", "    a reference: w"]

@@ -26,6 +26,7 @@ from vlbench.stats.ranked import pseudo_values
 
 _CHANCE_CAPTIONS = 2000
 """Captions of other images that chance is measured on, or as many as there are images: the scorers are slow."""
+_SHOWN = 3
 
 
 class Config(BaseConfig):
@@ -91,6 +92,19 @@ class Captioning:
     def score(self, rows: Rows, config: Config) -> dict[str, Estimate]:
         """Both metrics with their intervals."""
         return estimates(self.outcomes(rows, config))
+
+    def shown(self, rows: Rows) -> list[str]:
+        """Some captions to read, each over a human one: always of the same images, the first by their ids."""
+        first = sorted(range(len(rows)), key=lambda row: str(rows["id"][row]))[:_SHOWN]
+        lines = []
+        for row in first:
+            lines.append(f"{rows['id'][row]}: {_one_line(rows['caption'][row]) or '(nothing)'}")
+            lines.append(f"    a reference: {_one_line(rows['references'][row][0])}")
+        return lines
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _chance(references: list[list[str]]) -> dict[str, float]:

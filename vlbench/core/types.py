@@ -262,10 +262,11 @@ BEST_ON_TEST_GAP = "best_on_test_gap"
 class Adapter(Protocol):
     """One protocol of measurement. ``predict`` needs the model; the rest is numpy and can run for ever after.
 
-    ``config`` is always an instance of the adapter's own Config. Three more attributes may be there: ``peer``, a word
+    ``config`` is always an instance of the adapter's own Config. Four more attributes may be there: ``peer``, a word
     for whose own protocol it is (tables mark it), ``reads_prompts(config)``, whether class names and templates decide
-    the number, where that depends on the settings, and ``lack(config)``, which library these settings want and this
-    machine has not, as a line that says how to get it, or None.
+    the number, where that depends on the settings, ``lack(config)``, which library these settings want and this
+    machine has not, as a line that says how to get it, or None, and ``shown(rows)``, lines of the predictions
+    themselves for a person to read under the number.
     """
 
     name: str

@@ -98,6 +98,8 @@ def _lead(args: argparse.Namespace, crew: crews.Crew) -> int:
         if lenient:
             wishes = tuple(replace(choice, named=False) for choice in selection.choices)
             selection = replace(selection, choices=wishes)
+        for note in selection.notes:
+            print(note)
         for skip in selection.skipped:
             _say_skip(skip)
         session = open_session(args, crew)
@@ -308,7 +310,9 @@ def _run_one(choice: Choice, session: Session, place: str) -> Done:
     old = None if session.force else stored_result(job, session)
     if old is not None:
         print(f"{place}: reused, measured {old.created}")
-        _say_notes(_with_notes(session.results.rows(old), job.notes))
+        rows = session.results.rows(old)
+        _say_notes(_with_notes(rows, job.notes))
+        _say_shown(old, rows, job, session)
         return Done(old, reused=True)
     print(f"{place}: {job.data_ref.n:,} examples of {job.data_ref.spec}", flush=True)
     session.tuned = []
@@ -320,6 +324,7 @@ def _run_one(choice: Choice, session: Session, place: str) -> Done:
         print(f"  note: the fine-tuned model is in {folder}")
     headline = result.estimates[result.metric]
     print(f"  {result.metric} {percent(headline)}, {sum(result.seconds.values()):.1f} s", flush=True)
+    _say_shown(result, rows, job, session)
     if session.spread:
         result = _with_spread(result, rows, job, session)
     return Done(result, reused=False)
@@ -377,6 +382,16 @@ def _with_notes(rows: Rows, notes: Sequence[str]) -> Rows:
 def _say_notes(rows: Rows) -> None:
     for note in rows.meta.get("notes", ()):
         print(f"  note: {note}")
+
+
+def _say_shown(result: Result, rows: Rows, job: Job, session: Session) -> None:
+    """What the adapter shows of the rows themselves, if anything, and where all of them are."""
+    if not hasattr(job.adapter, "shown"):
+        return
+    for line in job.adapter.shown(rows):
+        print(f"  {line}")
+    folder = session.results.path(result.model.name, result.task, result.task_version).parent
+    print(f"  all {len(rows):,}: {folder / result.examples.file} (columns {', '.join(rows.columns)})", flush=True)
 
 
 def _open_data(choice: Choice, session: Session, *, with_prompts: bool) -> Any:
