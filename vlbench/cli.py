@@ -271,8 +271,9 @@ examples:
 
 A published number is reproduced where it lies within the tolerance of ours, or else within our 95% interval. Only a
 model's own weights count as an attempt: never random ones, nor others under its name. A file given to a card that knows
-no checksum (--model CARD --weights FILE) is judged, and the verdict says that the file could not be checked. Exit
-status: 0 nothing is off; 1 something is.
+no checksum (--model CARD --weights FILE) is judged, and the verdict says that the file could not be checked. Where two
+sources print different numbers of one measurement and ours is one of them, the other is shown as "sources disagree";
+where it is neither, both are off. Exit status: 0 nothing is off; 1 something is.
 """
 
 

@@ -6,8 +6,11 @@ Networks are built on the meta device: all their shapes and none of their memory
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections import Counter
 from dataclasses import asdict
+from datetime import date
 from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
@@ -48,6 +51,12 @@ KEYS = [
 ]
 GENERAL = ("pooled", "trunk output", "input of the last linear layer")
 """What a loader says of a feature where it cannot know more; a card may."""
+
+
+AS_THEIR_AUTHORS = {f"dino-vit-{size}-{patch}" for size in "sb" for patch in (8, 16)}
+"""Cards that resize to 256 as the evaluation whose numbers they hold, where timm resizes to 248."""
+A_REPOSITORY_S_FILE = re.compile(r"(?:^|\s)[\w-][\w.-]*/[\w.-]+, [\w./-]*\w\.[a-z]\w*")
+A_STATE = re.compile(r"\(commit [0-9a-f]{7,40}\)|\(read \d{4}-\d\d-\d\d\)")
 
 
 def of(loader: str) -> list[str]:
@@ -148,7 +157,11 @@ def test_timm_card_is_prepared_as_timm_does(name: str) -> None:
     class Net:
         pretrained_cfg = timm.get_pretrained_cfg(ref).to_dict()
 
-    assert card.preprocess == timm_preprocess(Net())
+    own = timm_preprocess(Net())
+    if name in AS_THEIR_AUTHORS:
+        assert (own.resize_to, card.preprocess.resize_to) == (248, 256)
+        own = own.model_copy(update={"resize_to": 256})
+    assert card.preprocess == own
 
 
 @pytest.mark.parametrize("name", tagged("torchvision"))
@@ -231,6 +244,29 @@ def test_no_card_leaves_open_which_feature_is_probed() -> None:
 def test_every_source_can_be_looked_up() -> None:
     sources = {row.source for card in CARDS.values() for row in card.published}
     assert not [source for source in sources if "transcription" in source or "third-party" in source]
+    files = {source for source in sources if A_REPOSITORY_S_FILE.search(source)}
+    assert len(files) > 20, "most numbers were read in a repository"
+    undated = sorted(source for source in files if not A_STATE.search(source))
+    assert not undated, "a repository's file changes: (commit 1234567) or (read 2026-11-22) says which was read"
+    for source in files:
+        for read in re.findall(r"\(read ([\d-]+)\)", source):
+            assert date.fromisoformat(read) >= date(2020, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("source", "names_one", "says_when"),
+    [
+        ("kdexd/virtex, docs/virtex/usage/model_zoo.rst, bicaptioning_R_50 (commit ae67b23)", True, True),
+        ("arXiv 2103.00020, table 11, as copied in some-body/Notes, models/clip.viz.js (read 2026-11-22)", True, True),
+        ("some-body/Notes, models/clip.viz.js", True, False),
+        ("some-body/Notes, README.md (commit main)", True, False),
+        ("openai.com/index/clip (5 January 2021), table of ResNet101 and CLIP ViT-L", False, False),
+        ('torchvision 0.29, the weights\' own meta["_metrics"]', False, False),
+    ],
+)
+def test_what_counts_as_a_repository_s_file_and_as_its_state(source: str, names_one: bool, says_when: bool) -> None:
+    assert bool(A_REPOSITORY_S_FILE.search(source)) is names_one
+    assert bool(A_STATE.search(source)) is says_when
 
 
 @pytest.mark.parametrize(
@@ -247,6 +283,40 @@ def test_torchvision_card_names_the_feature_that_is_probed(name: str, feature_of
     with torch.inference_mode():
         expected = feature_of(backbone.module.net.eval(), pixels)
     torch.testing.assert_close(backbone.encode_image(pixels).pooled_BD, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dino-vit-s-16", "dino-resnet50"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_dinos_files_load_the_backbone_alone_and_the_teacher_of_the_full_checkpoint(
+    name: str, whole: bool, tmp_path: Any
+) -> None:
+    import timm
+    import torchvision
+
+    torch.manual_seed(0)
+    if name == "dino-resnet50":
+        net: Any = torchvision.models.resnet50()
+        net.fc = torch.nn.Identity()  # as facebookresearch/dino's hubconf.py has it
+    else:
+        net = timm.create_model(CARDS[name].arch, num_classes=0)  # whose names are those of their vision_transformer.py
+    file: dict[str, Any] = net.state_dict()
+    if whole:
+        teacher = {f"backbone.{key}": value for key, value in file.items()}
+        student = {f"module.backbone.{key}": torch.zeros_like(value) for key, value in file.items()}
+        file = {"student": student, "teacher": teacher | {"head.mlp.0.weight": torch.zeros(2, 2)}, "epoch": 100}
+    torch.save(file, tmp_path / "w.pth")
+    with pytest.warns(UserWarning, match="read as DINO's") if whole else contextlib.nullcontext():
+        loaded = load_backbone(name, weights=str(tmp_path / "w.pth"))
+    found = loaded.module.net.state_dict()
+    assert all(torch.equal(found[key], value) for key, value in net.state_dict().items())
+    assert loaded.card.preprocess == CARDS[name].preprocess
+    assert loaded.card.preprocess.resize_to == 256
+
+
+def test_dinos_nearest_neighbours_are_judged_and_its_probes_of_other_features_are_not() -> None:
+    for name in sorted(card for card in CARDS if card.startswith("dino-")):
+        judged = {row.task: row.comparable for row in CARDS[name].published}
+        assert judged == {"knn/imagenet1k": True, "linear/imagenet1k": False}, name
 
 
 def test_virtex_file_in_the_layout_of_its_own_hub_function_loads(tmp_path: Any) -> None:

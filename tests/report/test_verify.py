@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.report.toy import N, Toy
-from vlbench.core.cards import ModelCard, TaskCard
+from vlbench.core.cards import ModelCard, TaskCard, model_cards
 from vlbench.report.verify import as_json, printed_decimals, render_verdicts, verify, why_not_the_cards
 
 OURS = 300 / N  # 75.0%, Wilson's interval [70.5, 79.0]
@@ -95,7 +95,7 @@ def test_every_published_row_is_judged_with_its_own_source() -> None:
     verdicts = verify([card(*rows)], toy.results, TASKS)
     assert [(v.status, v.source) for v in verdicts] == [
         ("reproduced", "table 0"),
-        ("off", "table 1"),
+        ("sources disagree", "table 1"),
         ("not attempted", "table 2"),
     ]
     assert verdicts[2].words() == "not attempted: there is no such task here"
@@ -200,6 +200,69 @@ def test_one_sound_result_is_enough_beside_an_unchecked_one() -> None:
     (verdict,) = verify([card(("linear/cifar10", "acc1", 0.75))], toy.results, TASKS)
     assert verdict.words() == "reproduced"
     assert verdict.remarks == ()
+
+
+def beside(*values: float, **changes: Any):
+    """The verdicts on several numbers of one measurement, ours 75.0."""
+    toy = Toy()
+    stored(toy, **changes)
+    return verify([card(*(("linear/cifar10", "acc1", value) for value in values))], toy.results, TASKS)
+
+
+def test_where_one_source_is_reproduced_the_other_is_a_disagreement_of_the_sources() -> None:
+    verdicts = beside(0.4903, 0.752)
+    assert [verdict.status for verdict in verdicts] == ["sources disagree", "reproduced"]
+    assert verdicts[0].words() == ("sources disagree (+25.97 points): 49.03 here; 75.2, published too, is reproduced")
+    assert (verdicts[0].ours, verdicts[0].off_by) == (OURS, pytest.approx(0.2597))
+    text = render_verdicts(verdicts)
+    assert text.endswith("2 published numbers: 1 reproduced, 1 sources disagree.\n")
+    assert [row["status"] for row in as_json(verdicts, 0.005)["rows"]] == ["sources disagree", "reproduced"]
+    # Inside our interval is reproduced too, whatever the order of the rows.
+    assert [verdict.status for verdict in beside(0.79, 0.6)] == ["reproduced", "sources disagree"]
+
+
+def test_where_no_source_is_reproduced_all_are_off_and_the_nearest_is_named() -> None:
+    verdicts = beside(0.4903, 0.852)
+    assert [verdict.status for verdict in verdicts] == ["off", "off"]
+    assert verdicts[0].words() == (
+        "off by +25.97 points (interval [70.5, 79.0]); of 2 published numbers 85.2 is the nearest"
+    )
+    assert verdicts[1].words().endswith("; of 2 published numbers 85.2 is the nearest")
+    assert beside(0.9, 0.9)[0].words() == "off by -15.0 points (interval [70.5, 79.0])"
+
+
+def test_only_judged_numbers_of_the_same_task_and_metric_make_a_disagreement() -> None:
+    toy = Toy()
+    stored(toy)
+    stored(toy, task="linear/other")
+    rows = [
+        {"task": "linear/cifar10", "metric": "acc1", "value": 0.75, "source": "timm", "comparable": False},
+        {"task": "linear/other", "metric": "acc1", "value": 0.75, "source": "the paper"},
+        {"task": "linear/cifar10", "metric": "map11", "value": 0.75, "source": "the paper"},
+        {"task": "linear/cifar10", "metric": "acc1", "value": 0.5, "source": "the paper"},
+    ]
+    verdicts = verify([card(published=rows)], toy.results, TASKS)
+    assert [verdict.status for verdict in verdicts] == ["other protocol", "reproduced", "metric missing", "off"]
+    assert "published numbers" not in verdicts[3].words()
+    # A part of the data excuses nothing: what is not comparable stays so beside a reproduced number.
+    assert [verdict.status for verdict in beside(0.75, 0.5, task_fingerprint="earlier")] == [
+        "reproduced",
+        "not comparable",
+    ]
+
+
+def test_openais_cards_hold_two_sources_that_no_result_can_both_reproduce() -> None:
+    openai = [known for name, known in model_cards().items() if name.startswith("clip-") and name.endswith("-openai")]
+    assert len(openai) == 9
+    rows = {row.source: row for row in model_cards()["clip-rn50x4-openai"].published if row.task == "zeroshot/mnist"}
+    assert [row.value for row in rows.values()] == [0.752, 0.4903]
+    known = model_cards()["clip-rn50x4-openai"]
+    model = {"spec": known.id, "recipe": known.recipe, "pretrain_data": known.pretrain_data}
+    model |= {"images_seen": known.images_seen, "params": known.params}
+    toy = Toy()
+    toy.add(known.id, task="zeroshot/mnist", right=301, model=model)
+    verdicts = [each for each in verify([known], toy.results, {}) if each.status != "not attempted"]
+    assert [verdict.status for verdict in verdicts] == ["reproduced", "sources disagree"]
 
 
 def test_what_was_not_as_it_should_be_is_said() -> None:

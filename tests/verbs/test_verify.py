@@ -42,12 +42,22 @@ def call(store: ResultStore, *models: str, **changes: Any) -> int:
 def test_verify_takes_the_models_that_have_a_result(store: ResultStore, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(store) == 0
     assert "none of its 1 models is a reference model" in capsys.readouterr().out
-    store_toy(store, "ref-a", "linear/x", 150)
+    store_toy(store, "ref-a", "linear/x", 120)
     assert call(store) == 1
     out = capsys.readouterr().out
-    assert "off by +35.0 points (interval [68.6, 80.5])" in out
-    assert "2 published numbers: 1 reproduced, 1 off." in out
+    assert "off by -15.0 points (interval [53.1, 66.5]); of 2 published numbers 75.0 is the nearest" in out
+    assert "2 published numbers: 2 off." in out
     assert "ref-b" not in out
+
+
+def test_sources_that_disagree_are_shown_and_fail_nothing(
+    store: ResultStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store_toy(store, "ref-a", "linear/x", 150)
+    assert call(store) == 0
+    out = capsys.readouterr().out
+    assert "sources disagree (+35.0 points): 40.0 here; 75.0, published too, is reproduced" in out
+    assert "2 published numbers: 1 reproduced, 1 sources disagree." in out
 
 
 def test_verify_named_and_all(store: ResultStore, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,7 +96,7 @@ def test_json_is_written(store: ResultStore, tmp_path: Path) -> None:
     store_toy(store, "ref-a", "linear/x", 150)
     call(store, json=str(tmp_path / "v.json"))
     rows = json.loads((tmp_path / "v.json").read_text())["rows"]
-    assert [row["status"] for row in rows] == ["reproduced", "off"]
+    assert [row["status"] for row in rows] == ["reproduced", "sources disagree"]
 
 
 def test_unknown_models_propose_the_nearest(store: ResultStore) -> None:

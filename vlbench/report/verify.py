@@ -1,5 +1,9 @@
 """Published numbers beside stored ones: reproduced, off by so much, or not attempted.
 
+Several numbers may be published of one measurement: a paper's, and a re-evaluation's with other prompts or another copy
+of the data. Whoever reproduces one of them has measured the model; that the others differ is a matter between the
+sources (``sources disagree``), which is shown and not counted as off. Where none is reproduced, each is off.
+
 A published number is an attempt at a model's own weights. So a stored result counts only where it was made with the
 weights that the reference card names: never with random ones, nor with others that were given the card's name.
 
@@ -13,7 +17,7 @@ name alone, which ``--name`` gives to anything, does not.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -30,9 +34,17 @@ _FEWEST_DECIMALS = 3
 _ROUNDING = 1e-9
 
 Status: TypeAlias = Literal[
-    "reproduced", "off", "not comparable", "other protocol", "metric missing", "refused", "not attempted"
+    "reproduced",
+    "sources disagree",
+    "off",
+    "not comparable",
+    "other protocol",
+    "metric missing",
+    "refused",
+    "not attempted",
 ]
-"""Not comparable: measured on other examples than published, or under an earlier card of the task; then a number within
+"""Sources disagree: off, where another number published of the same model, task and metric is reproduced.
+Not comparable: measured on other examples than published, or under an earlier card of the task; then a number within
 the tolerance still counts as reproduced, but no interval excuses one beyond it: it is wide where the examples are few.
 Other protocol: the card says that the number was printed for another one, so that ours is not judged by it.
 Refused: something is stored under the model's name and is no attempt at its number."""
@@ -50,7 +62,8 @@ class Verdict:
     note: str
     status: Status
     rule: str = ""
-    """Why it counts as reproduced: ``tolerance`` or ``interval``; why it was refused or not judged, in words."""
+    """Why it counts as reproduced: ``tolerance`` or ``interval``; why it was refused or not judged, in words. Of a
+    number that is off and not the only one of its measurement: which of them is reproduced, or else the nearest."""
     ours: float | None = None
     lo: float | None = None
     hi: float | None = None
@@ -72,7 +85,10 @@ class Verdict:
             case "reproduced":
                 return "reproduced (inside our interval)" if self.rule == "interval" else "reproduced"
             case "off":
-                return f"off by {self._points()} points (interval {self.interval()})"
+                said = f"off by {self._points()} points (interval {self.interval()})"
+                return f"{said}; {self.rule}" if self.rule else said
+            case "sources disagree":
+                return f"sources disagree ({self._points()} points): {self.rule}"
             case "not comparable":
                 return f"not comparable ({self._points()} points): {self.rule}"
             case "other protocol":
@@ -100,7 +116,8 @@ def verify(
     """A verdict on every published number of ``cards``, in their order.
 
     Args:
-        cards: reference models; several rows about one number (a paper's and a re-evaluation's) are judged each.
+        cards: reference models; several rows about one number (a paper's and a re-evaluation's) are judged each, and
+            one that is off while another is reproduced is a disagreement of the sources.
         results: everything stored; what belongs to other models is passed over.
         tasks: today's task cards by name, for the version that a result should have.
         tolerance: as a fraction. A value is reproduced where ours, rounded to the digits that were printed (a tenth of
@@ -110,8 +127,29 @@ def verify(
     verdicts = []
     for card in cards:
         own = [result for result in results if is_named_after(card, result)]
-        verdicts += [_verdict(card, row, own, tasks, tolerance) for row in card.published]
+        verdicts += _side_by_side([_verdict(card, row, own, tasks, tolerance) for row in card.published])
     return verdicts
+
+
+def _side_by_side(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """One card's verdicts; what is off is held against the other numbers published of the same task and metric."""
+    return [_beside(verdict, verdicts) if verdict.status == "off" else verdict for verdict in verdicts]
+
+
+def _beside(verdict: Verdict, verdicts: Sequence[Verdict]) -> Verdict:
+    """``verdict``, which is off, with what its rivals come to. One of another protocol is none: it is not judged."""
+    about = (verdict.task, verdict.metric)
+    judged = [each for each in verdicts if (each.task, each.metric) == about and each.status in ("reproduced", "off")]
+    held = sorted({each.published for each in judged if each.status == "reproduced"})
+    if held:
+        numbers = " and ".join(_percent(value) for value in held)
+        rule = f"{_percent(verdict.published)} here; {numbers}, published too, is reproduced"
+        return replace(verdict, status="sources disagree", rule=rule)
+    values = {each.published for each in judged}
+    if len(values) == 1:
+        return verdict
+    nearest = min(values, key=lambda value: abs(value - (verdict.ours or 0.0)))
+    return replace(verdict, rule=f"of {len(values)} published numbers {_percent(nearest)} is the nearest")
 
 
 def is_named_after(card: ModelCard, result: Result) -> bool:
@@ -281,6 +319,12 @@ def render_verdicts(verdicts: Sequence[Verdict], *, every: bool = False) -> str:
     return "\n".join(parts) + "\n"
 
 
+def _percent(value: float, decimals: int | None = None) -> str:
+    """A fraction as percent, with its own printed digits or those of another."""
+    decimals = printed_decimals(value) if decimals is None else decimals
+    return f"{100 * round(value, decimals):.{decimals - 2}f}"
+
+
 def as_json(verdicts: Sequence[Verdict], tolerance: float) -> dict[str, Any]:
     """The verdicts as plain values; fractions, not percent."""
     return {"tolerance": tolerance, "rows": [asdict(verdict) for verdict in verdicts]}
@@ -288,15 +332,12 @@ def as_json(verdicts: Sequence[Verdict], tolerance: float) -> dict[str, Any]:
 
 def _row(verdict: Verdict, source: str) -> tuple[str, ...]:
     decimals = printed_decimals(verdict.published)
-    printed, ours = (
-        MISSING if value is None else f"{100 * round(value, decimals):.{decimals - 2}f}"
-        for value in (verdict.published, verdict.ours)
-    )
+    ours = MISSING if verdict.ours is None else _percent(verdict.ours, decimals)
     return (
         verdict.model,
         verdict.task,
         verdict.metric,
-        printed,
+        _percent(verdict.published),
         source,
         ours if verdict.ours is None else f"{ours} {verdict.interval()}",
         MISSING if verdict.n is None else f"{verdict.n:,}",

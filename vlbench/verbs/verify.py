@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a verdict on every published number. Exit status 1 where one is off, or a stored file is damaged."""
+    """Print a verdict on every published number. Exit status 1 where one is off, or a stored file is damaged.
+
+    A number that differs while another source's of the same task and metric is reproduced is not off: the sources
+    disagree, which is printed and leaves the exit status 0.
+    """
     from vlbench.core.cards import model_cards, task_cards
     from vlbench.core.files import write_text
     from vlbench.report.verify import as_json, render_verdicts, verify
