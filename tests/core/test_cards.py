@@ -179,8 +179,28 @@ def test_suites_name_known_tasks() -> None:
     suites = cards.suites()
     wanted = {"core", "smoke", "elevater", "elevater_fewshot", "virtex", "align", "robustness", "protocols"}
     assert wanted <= suites.keys()
-    assert [name.partition("/")[2] for name in suites["elevater"]] == ELEVATER
-    assert [name.partition("/")[2] for name in suites["elevater_fewshot"]] == ELEVATER
+    for tasks in suites.values():
+        assert set(tasks) <= cards.task_cards().keys()
+        assert len(tasks) == len(set(tasks))
+
+
+@pytest.mark.parametrize(
+    ("suite", "kind"),
+    [
+        ("elevater", "zeroshot"),
+        ("elevater_linear", "linear"),
+        ("elevater_protocol", "elevater_probe"),
+        ("elevater_fewshot", "fewshot"),
+    ],
+)
+def test_elevaters_suites_are_its_20_sets_in_its_order(suite: str, kind: str) -> None:
+    assert list(cards.suites()[suite]) == [f"{kind}/{name}" for name in ELEVATER]
+
+
+def test_no_suite_is_called_like_a_kind_or_a_task() -> None:
+    tasks = cards.task_cards()
+    taken = {*tasks, *(card.kind for card in tasks.values()), *ADAPTERS.names()}
+    assert not taken & cards.suites().keys(), "--tasks would never come to the suite"
 
 
 def test_task_card_takes_what_it_leaves_out_from_its_dataset(tmp_path: Path) -> None:

@@ -92,7 +92,14 @@ class _Count:
         self._add(table.setdefault(kind, Problem()), example)
 
     def add(self, example: Example) -> None:
-        """One readable entry. Raises BadExample where its image cannot be decoded."""
+        """One readable entry. Raises BadExample where its image cannot be decoded.
+
+        A source that is of images and has none of them says why in ``absent["image"]``: then every entry is bad, and
+        its texts are counted all the same.
+        """
+        absent = getattr(self.source, "absent", {})
+        if example.image is None and "image" in absent:
+            self.note(self.bad, "missing image", f"{example.id}: {absent['image']}")
         if example.image is not None:
             self._image(example.image, example.id, example.extra.get("image_key"))
         elif "image" in self.source.provides:

@@ -2,15 +2,17 @@
 
 - A card's full name (``linear/cifar10``) is a demand: absent data or a model without the parts is an error.
 - A kind (``linear``) or a suite is a wish: what cannot run is skipped, and said.
-- With ``--data`` a kind runs on those data with the adapter's own settings, under the name ``<kind>/<folder>``.
+- With ``--data`` a kind runs on those data with the adapter's own settings, under the name ``<kind>/<folder>``. Where
+  they have several labels an image, it stands for ``<kind>_multilabel``, which ``Selection.notes`` says.
 
 ``find_data`` is read by ``vlbench list tasks`` too, so nothing here loads torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,8 @@ class Choice:
     """Asked for by its full name: it must not be skipped."""
     train: str | None = None
     """Where the other data are that it learns from (the card's ``train_from``)."""
+    asked: str = ""
+    """The kind that was asked for, where the data's several labels an image made it another; else empty."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,17 @@ class Selection:
 
     choices: tuple[Choice, ...]
     skipped: tuple[Skip, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """For each of the user's own data whose labels made kinds others than those asked for: one line."""
+        changed = [choice for choice in self.choices if choice.asked]
+        said = []
+        for spec in dict.fromkeys(choice.spec for choice in changed):
+            here = [choice for choice in changed if choice.spec == spec]
+            asked, run = ", ".join(choice.asked for choice in here), ", ".join(choice.card.adapter for choice in here)
+            said.append(f"{spec} has several labels an image: {asked} stand{'s' * (len(here) == 1)} for {run}")
+        return tuple(said)
 
 
 def select(names: str | Sequence[str], *, data: Sequence[str], root: Path) -> Selection:
@@ -72,8 +87,9 @@ def select(names: str | Sequence[str], *, data: Sequence[str], root: Path) -> Se
         raise UserError("--tasks names no task; for instance --tasks zeroshot,linear (see `vlbench list tasks`)")
     choices: dict[str, Choice] = {}
     skipped: dict[str, Skip] = {}
+    several = cache(_has_several_labels)  # kinds share what is found out of the data, and calls do not
     for word in words:
-        for item in _own(word, data, root) if data else _shipped(word, root):
+        for item in _own(word, data, root, several) if data else _shipped(word, root):
             if isinstance(item, Skip):
                 skipped[item.task] = item
             elif item.card.name not in choices or item.named:
@@ -99,7 +115,8 @@ def is_meant(task: str, names: str | Sequence[str], *, data: Sequence[str]) -> b
     if task in cards and task in words:
         return True
     if data:
-        kinds = [word for word in words if word not in cards]
+        asked = [word for word in words if word not in cards]
+        kinds = [kind for word in asked for kind in (word, _with_several_labels(word)) if kind]
         return any(own_card(kind, parse_spec(spec).bare).name == task for kind in kinds for spec in data)
     return task in cards and any(word == cards[task].kind or task in suites().get(word, ()) for word in words)
 
@@ -145,6 +162,27 @@ def own_card(kind: str, spec: str) -> TaskCard:
     if name in task_cards():
         name = f"{kind}/own-{_folder_name(spec)}"  # a shipped card's name promises its protocol and its data
     return TaskCard(name=name, version=1, title=f"{kind} on {spec}", adapter=kind, data=(), metric=adapter.metric)
+
+
+def _with_several_labels(kind: str) -> str | None:
+    """The kind that does the same where images have several labels; None where there is none."""
+    other = f"{kind}_multilabel"
+    return other if other in ADAPTERS.names() else None
+
+
+def _has_several_labels(spec: str) -> bool:
+    """Whether the images that a task reports have several labels each. Data that cannot be read have not: what is wrong
+    with them is said where the task reads them.
+    """
+    from vlbench.data.sources import list_splits, open_source
+
+    try:
+        splits = list_splits(spec)
+        split = next((name for name in ("test", "val", *splits) if name in splits), None)
+        provides = open_source(spec, split).provides
+    except Exception:  # of libraries too
+        return False
+    return "labels" in provides and "label" not in provides
 
 
 def _words(names: str | Sequence[str]) -> list[str]:
@@ -226,7 +264,7 @@ def _has_reported(spec: str, split: str) -> bool:
     return wanted == UNSPLIT or wanted in present or (wanted == "test" and "val" in present)
 
 
-def _own(word: str, data: Sequence[str], root: Path) -> Iterable[Choice]:
+def _own(word: str, data: Sequence[str], root: Path, several: Callable[[str], bool]) -> Iterable[Choice]:
     from vlbench.data.spec import parse_spec
 
     specs = list(dict.fromkeys(parse_spec(spec).bare for spec in data))
@@ -243,8 +281,10 @@ def _own(word: str, data: Sequence[str], root: Path) -> Iterable[Choice]:
     if word not in ADAPTERS.names():
         raise UserError(unknown("kind of task", word, {*ADAPTERS.names(), *cards}))
     choices: dict[str, Choice] = {}
+    other = _with_several_labels(word)
     for spec in specs:
-        choice = Choice(own_card(word, spec), spec, said=spec, named=False)
+        kind, asked = (other, word) if other and several(spec) else (word, "")
+        choice = Choice(own_card(kind, spec), spec, said=spec, named=False, asked=asked)
         if choice.card.name in choices:
             raise UserError(
                 f"--data {choices[choice.card.name].spec} and --data {spec}: both would be stored as "

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import gzip
+import pickle
 
 import pytest
 
 from tests.data.making import png, write_files
+from vlbench.cli import main
 from vlbench.core.errors import BadExample, UserError
+from vlbench.data.check import check_source
 from vlbench.data.sources import is_present, list_splits, open_source
 
 NAMES = "1.png\n2.png\n"
@@ -51,6 +54,72 @@ def test_multi30k_reads_several_captions_an_image(tmp_path):
     write_files(tmp_path, {**files, "image_splits/val_images.txt": NAMES})
     source = open_source(f"multi30k:{tmp_path}", "val")
     assert source[1].texts == {"en": ("en1 b", "en2 b", "en3 b"), "de": ("de1 b", "de2 b", "de3 b")}
+
+
+def many(root, n=5, present=()):
+    """A split of ``n`` images, of which those numbered in ``present`` are there."""
+    files = {"val.txt": "".join(f"{i}.png\n" for i in range(n)), "val.en": "a dog\n" * n}
+    return write_files(root, files | {f"images/{i}.png": png(i) for i in present})
+
+
+def test_multi30k_says_how_many_images_are_missing_and_names_the_first_three(tmp_path):
+    source = open_source(f"multi30k:{many(tmp_path, present=[1])}", "val")
+    assert source[1].image == png(1)
+    with pytest.raises(BadExample) as caught:
+        source[0]
+    assert caught.value.kind == "missing file"
+    assert str(caught.value) == (
+        f"{tmp_path}/images/0.png: missing file: there is no such file; "
+        f"4 of the split's 5 images are missing in {tmp_path}/images: 0.png, 2.png, 3.png, …"
+    )
+    assert isinstance(pickle.loads(pickle.dumps(caught.value)), BadExample)
+
+
+def test_multi30k_names_one_missing_image_without_counting(tmp_path):
+    source = open_source(f"multi30k:{many(tmp_path, present=[0, 1, 2, 4])}", "val")
+    with pytest.raises(BadExample, match=r"3\.png: missing file: there is no such file$"):
+        source[3]
+    (tmp_path / "images/4.png").write_bytes(b"")
+    with pytest.raises(BadExample, match=r"no bytes$"):  # another fault is told as it is
+        source[4]
+
+
+def test_multi30k_counts_an_image_of_several_captions_once(tmp_path):
+    files = {
+        "test_2017_mscoco.en": "a\nb\nc\n",
+        "test_2017_mscoco.txt": "x.png#7\nx.png#8\ny.png#9\n",
+        "images/z.png": png(),
+    }
+    source = open_source(f"multi30k:{write_files(tmp_path, files)}", "test_2017_mscoco")
+    with pytest.raises(BadExample, match=r"2 of the split's 2 images are missing in .*: x\.png, y\.png$"):
+        source[1]
+
+
+def test_multi30k_s_missing_images_are_bad_samples_of_a_check(tmp_path):
+    report = check_source(open_source(f"multi30k:{many(tmp_path, present=[1])}", "val"))
+    assert report.n_bad == report.bad["missing file"].count == 4
+    assert len(report.bad["missing file"].examples) == 3
+
+
+def test_multi30k_without_a_folder_of_images_is_bad_samples_and_readable_texts(tmp_path, capsys):
+    folder = many(tmp_path / "multi30k")
+    report = check_source(open_source(f"multi30k:{folder}", "val"))
+    assert report.n_bad == report.bad["missing image"].count == report.n == 5
+    assert report.bad["missing image"].examples[0] == (
+        "0.png: no folder of images: none of images, flickr30k-images, flickr30k_images beside the texts; "
+        "name Flickr30k's with ?images=DIR"
+    )
+    assert report.languages == {"en": 5}, "the texts are looked at all the same"
+    assert main(["data", "check", f"multi30k:{folder}"]) == 1
+    out = capsys.readouterr().out
+    assert "none\n" not in out
+    assert "missing image: 5" in out
+    assert "?images=DIR" in out
+
+
+def test_multi30k_whole_is_a_clean_check(tmp_path):
+    report = check_source(open_source(f"multi30k:{many(tmp_path, present=range(5))}", "val"))
+    assert (report.n_bad, report.n) == (0, 5)
 
 
 def test_multi30k_takes_the_images_from_the_option(tmp_path):

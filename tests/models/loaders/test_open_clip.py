@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from fnmatch import fnmatch
 
 import open_clip
 import pytest
@@ -273,18 +275,83 @@ def test_hub_repository_names_the_model_wherever_its_files_lie(folder, monkeypat
     snapshot = tmp_path / "models--me--tiny" / "snapshots" / "0123abc"
     snapshot.parent.mkdir(parents=True)
     place.rename(snapshot)
-    monkeypatch.setattr(loader, "_hub_folder", lambda repository: snapshot)
+    monkeypatch.setattr(loader, "_hub_folder", lambda repository, weights: snapshot)
     hub, local = load_backbone("open_clip:hf-hub:me/tiny"), load_backbone(f"open_clip:local-dir:{snapshot}")
     assert hub.card.id == "open_clip:hf-hub:me/tiny"
     assert "0123abc" not in hub.card.model_dump_json()
     assert backbone_fingerprint(hub) == backbone_fingerprint(local), "the same files are the same model"
 
 
+@pytest.fixture
+def hub(folder, monkeypatch, tmp_path):
+    """A repository on a hub made up here, and what it was asked for: the patterns of each call."""
+    repository, model = folder
+    snapshot, asked = tmp_path / "cache" / "snapshot", []
+
+    def download(name, *, allow_patterns):
+        asked.append(list(allow_patterns))
+        snapshot.mkdir(parents=True, exist_ok=True)
+        for file in repository.iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, snapshot)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("vlbench.models.loaders.shared._reachable", lambda host: True)
+    return repository, model, asked
+
+
+def test_hub_repository_is_asked_for_one_file_of_weights(hub):
+    repository, _, asked = hub
+    (repository / "open_clip_pytorch_model.bin").write_bytes(b"the same weights once more")
+    load_backbone("open_clip:hf-hub:me/tiny")
+    assert [patterns[3:] for patterns in asked] == [["open_clip_model.safetensors"]]
+
+
+@pytest.mark.parametrize("name", ["open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"])
+def test_hub_repository_s_older_weight_files_are_found(hub, name):
+    repository, model, _ = hub
+    safetensors = repository / "open_clip_model.safetensors"
+    if name.endswith(".bin"):
+        torch.save(model.state_dict(), repository / name)
+        safetensors.unlink()
+    else:
+        safetensors.rename(repository / name)
+    backbone = load_backbone("open_clip:hf-hub:me/tiny")
+    images_BCHW = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(backbone.encode_image(images_BCHW).embed_BE, model.encode_image(images_BCHW))
+
+
+def test_hub_repository_without_any_weights_says_which_names_it_was_searched_for(hub):
+    repository, _, asked = hub
+    (repository / "open_clip_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"its copy .*snapshot has none of .*open_clip_pytorch_model\.bin; pass --w"):
+        load_backbone("open_clip:hf-hub:me/tiny")
+    assert len(asked) == 3
+
+
+def test_hub_repository_s_weights_are_left_there_where_others_are_named(hub):
+    _, _, asked = hub
+    load_backbone("open_clip:hf-hub:me/tiny", weights="random")
+    assert asked == [["*.json", "*.txt", "*.model"]]
+
+
+def test_hub_that_cannot_be_reached_names_both_files(monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    monkeypatch.setattr("vlbench.models.loaders.shared._reachable", lambda host: False)
+    with pytest.raises(UserError, match=r"open_clip_model\.safetensors \(or open_clip_pytorch_model\.bin\) from"):
+        load_backbone("open_clip:hf-hub:me/tiny")
+
+
 def test_hub_repository_s_own_tokenizer_is_read_from_its_folder(folder, monkeypatch):
     place, _ = folder
     config = {**CONFIG, "text_cfg": {**CONFIG["text_cfg"], "hf_tokenizer_name": "me/words"}}
     (place / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
-    monkeypatch.setattr(loader, "_hub_folder", lambda repository: place)
+    monkeypatch.setattr(loader, "_hub_folder", lambda repository, weights: place)
     asked = []
 
     def ask(name):
@@ -370,7 +437,7 @@ def test_tokenizer_of_the_hub_is_put_in_its_place_by_hand(tiny_siglip, tmp_path)
     texts = ["A red, circle!", "two blue square on a white ground"]
     with torch.inference_mode():
         expected_BE = backbone.module.encode_text(theirs(texts))
-    assert torch.equal(backbone.encode_text(texts), expected_BE)
+    torch.testing.assert_close(backbone.encode_text(texts), expected_BE)
     assert not torch.equal(theirs(["a red circle"]), theirs(["two blue square"])), "the tokenizer tells texts apart"
 
 

@@ -2,7 +2,8 @@
 
 ``multi30k:DIR`` reads ``SPLIT.LANG`` (task 1, one caption an image) or ``SPLIT.N.LANG`` (task 2, several), plain or
 ``.gz``, with the names in ``SPLIT.txt`` or ``SPLIT_images.txt`` beside them or in ``image_splits``. ``DIR`` may be the
-checkout of the data set's repository. Without the images, which are Flickr30k's, the texts can still be read.
+checkout of the data set's repository. Without the images, which are Flickr30k's, the texts can still be read; ``vlbench
+data check`` counts every entry as bad then, for no task runs on it.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import gzip
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
-from vlbench.core.errors import UserError
+from vlbench.core.errors import BadExample, UserError
 from vlbench.core.names import unknown
 from vlbench.core.types import Example, Part
 from vlbench.data.readers.files import OfFiles
@@ -26,6 +28,7 @@ _NO_LANGUAGE = {"gz", "md", "py", "sh"}
 _INNER = ("", "raw", "data/task1/raw")
 _FLICKR = ("images", "flickr30k-images", "flickr30k_images")
 _OTHERS = (*_FLICKR, *(f"flickr30k/{name}" for name in _FLICKR))
+_NAMED = 3  # images that are missing
 _STANDARD = {"test_2016_flickr": "test", "test_2016": "test"}
 """The 2016 test set is what "Multi30k test" means; the later ones keep their names."""
 
@@ -46,6 +49,10 @@ class Multi30kSource(OfFiles):
         self._names = names
         self._texts = texts
         self._images = os.fspath(images) if images is not None else None
+        self.absent: dict[Part, str] = {}
+        if images is None:
+            looked = f"none of {', '.join(_FLICKR)} beside the texts"
+            self.absent["image"] = f"no folder of images: {looked}; name Flickr30k's with ?images=DIR"
 
     def __len__(self) -> int:
         return len(self._names)
@@ -59,6 +66,24 @@ class Multi30kSource(OfFiles):
         """The image, where there are images."""
         file = self._names[index].partition("#")[0]  # the COCO test set of 2017 names caption and image
         return {} if self._images is None else {"image": f"{self._images}/{file}"}
+
+    def _image_bytes(self, file: str, example: Example) -> bytes:
+        try:
+            return super()._image_bytes(file, example)
+        except BadExample as error:
+            if error.kind != "missing file":
+                raise
+            raise BadExample(error.kind, error.where, error.reason + self._how_many_are_missing) from None
+
+    @cached_property
+    def _how_many_are_missing(self) -> str:
+        """Said with the first of them that is met: one image that was lost, or half of the download."""
+        files = list(dict.fromkeys(self.image_files(index)["image"] for index in range(len(self))))
+        missing = [Path(file).name for file in files if not Path(file).is_file()]
+        if len(missing) < 2:
+            return ""
+        shown = ", ".join(missing[:_NAMED]) + (", …" if len(missing) > _NAMED else "")
+        return f"; {len(missing):,} of the split's {len(files):,} images are missing in {self._images}: {shown}"
 
     def ids(self) -> Sequence[str]:
         """The lines of the split's list."""

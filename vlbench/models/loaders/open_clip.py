@@ -1,7 +1,8 @@
 """``open_clip:CONFIG[.TAG]``: contrastive models of open_clip, image and text tower.
 
 ``open_clip:local-dir:DIR`` and ``open_clip:hf-hub:OWNER/NAME`` take a configuration of its own with its weights, as
-open_clip writes them: ``open_clip_config.json`` beside ``open_clip_model.safetensors``.
+open_clip writes them: ``open_clip_config.json`` beside ``open_clip_model.safetensors``, or in older repositories beside
+``open_clip_pytorch_model.bin``.
 
 The tag decides more than the file: activation (OpenAI's weights and others need QuickGELU) and preprocessing differ
 between tags of one configuration, and the wrong ones cost accuracy without an error. So they follow the tag, with
@@ -54,7 +55,7 @@ def load(ref: str, *, weights: str | None = None, seed: int = 0) -> TorchBackbon
     open_clip = import_open_clip()
     kind, _, place = ref.partition(":")
     if kind in ("local-dir", "hf-hub") and place:
-        folder = _hub_folder(place) if kind == "hf-hub" else Path(place).expanduser()
+        folder = _hub_folder(place, weights) if kind == "hf-hub" else Path(place).expanduser()
         return _from_folder(folder, weights, seed, repository=place if kind == "hf-hub" else None)
     name, _, tag = ref.partition(".")
     config = open_clip_config(name)
@@ -92,7 +93,9 @@ def _from_folder(folder: Path, weights: str | None, seed: int, *, repository: st
         raise UserError(f"open_clip:{called}: cannot read its {_CONFIG_FILE} ({reason})") from None
     file = weights or next((str(folder / name) for name in _WEIGHT_FILES if (folder / name).is_file()), None)
     if file is None:
-        raise UserError(f"open_clip:{called}: has none of {', '.join(_WEIGHT_FILES)}; pass --weights FILE or random")
+        holder = f"its copy {folder}" if repository else "it"
+        names = ", ".join(_WEIGHT_FILES)
+        raise UserError(f"open_clip:{called}: {holder} has none of {names}; pass --weights FILE or random")
     quick_gelu = bool(config.get("quick_gelu", False))
     # The configuration alone is the architecture's name: a folder that is renamed or moved holds the same model.
     name = f"open_clip-{fingerprint(config)[:8]}"
@@ -106,16 +109,29 @@ def _from_folder(folder: Path, weights: str | None, seed: int, *, repository: st
     return backbone
 
 
-def _hub_folder(repository: str) -> Path:
+def _hub_folder(repository: str, weights: str | None) -> Path:
+    """The repository's snapshot: its description, and its own weights unless ``weights`` come in their place.
+
+    Repositories hold the same weights under several names, so one name after another is asked for, until one is there.
+    """
+    description = ["*.json", "*.txt", "*.model"]
+    if weights is not None:
+        return _snapshot(repository, description)
+    for name in _WEIGHT_FILES:
+        folder = _snapshot(repository, [*description, name])
+        if (folder / name).is_file():
+            break
+    return folder
+
+
+def _snapshot(repository: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         with hub_offline_without_network():
-            return Path(
-                snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*.model", *_WEIGHT_FILES[:1]])
-            )
+            return Path(snapshot_download(repository, allow_patterns=patterns))
     except Exception as error:  # the hub and requests raise what they like
-        source = f"{_CONFIG_FILE} and {_WEIGHT_FILES[0]} from huggingface.co/{repository}"
+        source = f"{_CONFIG_FILE} and {_WEIGHT_FILES[0]} (or {_WEIGHT_FILES[-1]}) from huggingface.co/{repository}"
         advice = f"{source} elsewhere, then --model open_clip:local-dir:FOLDER"
         raise UserError(
             f"open_clip:hf-hub:{repository}: not on this machine and cannot be downloaded "
