@@ -8,22 +8,28 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.adapters.fakes import FakeData, FakeEncoder, label_in, labelled, noise_of
+from tests.data.making import encoded
 from tests.verbs import toy_backbone
 from vlbench.adapters import clip_benchmark_probe, knn, linear, retrieval, zeroshot
 from vlbench.cli import main
 from vlbench.core.errors import UserError
-from vlbench.core.types import Result
+from vlbench.core.types import Backbone, Features, Result
 from vlbench.data import remembered
 from vlbench.data.sources import open_source
+from vlbench.models.backbone import wrap
 from vlbench.store.results import ResultStore
 from vlbench.verbs.calls import evaluate
 
@@ -169,7 +175,6 @@ def test_3_the_length_of_features_moves_no_number(adapter) -> None:
 
 def test_4_weights_that_are_named_are_the_weights_that_are_used(tmp_path: Path) -> None:
     import timm
-    import torch
 
     from vlbench.models.load import load_backbone
 
@@ -186,8 +191,6 @@ def test_4_weights_that_are_named_are_the_weights_that_are_used(tmp_path: Path) 
 
 
 def test_4_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
-    import torch
-
     from vlbench.models.load import load_backbone
 
     torch.save({"some.weight": torch.zeros(3)}, tmp_path / "other.pt")
@@ -198,7 +201,6 @@ def test_4_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
 def test_4_weights_named_beside_a_folder_are_used_not_the_folders_own(tmp_path: Path) -> None:
     """The very case: a ``local-dir:`` model had ignored ``--pretrained`` and recorded its path."""
     import open_clip
-    import torch
 
     from vlbench.models.load import load_backbone
 
@@ -254,8 +256,6 @@ def test_5_zeroshot_has_no_language_that_it_could_ignore(tmp_path: Path, capsys)
 
 
 def test_6_ties_of_coarse_features_leave_one_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     data, _ = balanced(500)
 
     def coarse(image: bytes) -> np.ndarray:
@@ -265,6 +265,81 @@ def test_6_ties_of_coarse_features_leave_one_prediction(monkeypatch: pytest.Monk
     found = zeroshot.ADAPTER.score(zeroshot.ADAPTER.predict(encoder, data, zeroshot.Config()), zeroshot.Config())
     assert found["acc1"].value == pytest.approx(found["mean_per_class_recall"].value, abs=1e-12)
     assert found["acc1"].lo < 0.1 < found["acc1"].hi, "ties are worth what a guess among them is worth"
+
+
+CLOSE = tuple(f"thing{number}x" for number in range(10))
+"""Classes whose embeddings lie so close together that their cosines, rounded to bfloat16, tie."""
+
+
+def clean_picture(label: int) -> np.ndarray:
+    return np.random.default_rng([6, label]).random((8, 8, 3))
+
+
+class Close(torch.nn.Module):
+    """A projection of the pixels with a large part that all images share, as CLIP's towers have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rng = np.random.default_rng(6)
+        self.embed = torch.nn.Linear(192, 16)
+        with torch.no_grad():
+            self.embed.weight.copy_(torch.from_numpy(rng.normal(0, 0.2, (16, 192))))
+            self.embed.bias.copy_(torch.from_numpy(rng.choice([-9.0, 9.0], 16)))
+
+    def forward(self, images_BCHW: torch.Tensor) -> Features:
+        embed_BE = self.embed(images_BCHW.flatten(1))
+        return Features(pooled_BD=embed_BE, embed_BE=embed_BE)
+
+
+def build_close() -> Backbone:
+    network = Close()
+    clean_CCHW = torch.from_numpy(np.stack([clean_picture(label) for label in range(10)])).float().permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        class_CE = network(clean_CCHW).embed_BE
+
+    def text(texts: Sequence[str]) -> torch.Tensor:
+        return torch.stack([class_CE[next(i for i, name in enumerate(CLOSE) if name in words)] for words in texts])
+
+    return wrap(network, preprocess=toy_backbone.PREPROCESS, name="close", text=text)
+
+
+def test_6_bfloat16_decides_nothing_by_the_place_of_a_class(tmp_path: Path) -> None:
+    rng, n = np.random.default_rng(66), 40
+    truth = [number % len(CLOSE) for number in range(n * len(CLOSE))]  # balanced: as many of every class
+    pixels = [np.rint(255 * np.clip(clean_picture(label) + rng.normal(0, 0.3, (8, 8, 3)), 0, 1)) for label in truth]
+    ours: dict[tuple[str, str], Any] = {}
+    predicted: dict[tuple[str, str], list[str]] = {}
+    for name, order in (("forwards", CLOSE), ("backwards", CLOSE[::-1])):
+        samples = [
+            {"png": encoded(image.astype(np.uint8)), "cls": str(order.index(CLOSE[label])).encode()}
+            for image, label in zip(pixels, truth, strict=True)
+        ]
+        files = {"classnames": "\n".join(order) + "\n", "zeroshot_classification_templates": "a {c}.\n"}
+        write_wds(tmp_path / name, "test", samples, **files)
+        for precision in ("bf16", "fp32"):
+            words = {"model": "tests.test_wrong_numbers:build_close", "precision": precision}
+            found = measure(tmp_path, "zeroshot", f"wds:{tmp_path / name}", force=True, no_store=True, **words)
+            result = found[f"zeroshot/{name}"]
+            pred_N = ResultStore(tmp_path / "results").rows(result)["pred"]
+            ours[name, precision], predicted[name, precision] = result.estimates, [order[pred] for pred in pred_N]
+
+    # The peer's arithmetic on the same pixels: embeddings, their normalisation and the scores in bfloat16.
+    backbone = build_close()
+    images_NCHW = torch.from_numpy(np.stack(pixels) / 255).float().permute(0, 3, 1, 2)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        image_NE = torch.nn.functional.normalize(backbone.encode_image(images_NCHW).embed_BE, dim=-1)
+        class_CE = torch.nn.functional.normalize(backbone.encode_text(CLOSE).float(), dim=-1)
+        scores_NC = image_NE @ class_CE.T
+    assert scores_NC.dtype == torch.bfloat16
+    first_N, last_N = scores_NC.argmax(dim=1), 9 - scores_NC.flip(1).argmax(dim=1)
+    assert (first_N != last_N).float().mean() > 0.2, "there ties give a fifth of the images to a class for its place"
+    theirs = [(pred_N == torch.tensor(truth)).float().mean().item() for pred_N in (first_N, last_N)]
+
+    for estimates in ours.values():
+        assert estimates["acc1"].value == pytest.approx(estimates["mean_per_class_recall"].value, abs=1e-12)
+    assert predicted["forwards", "bf16"] == predicted["backwards", "bf16"], "image by image"
+    exact, rounded = (ours["forwards", precision]["acc1"].value for precision in ("fp32", "bf16"))
+    assert abs(rounded - exact) < 0.02 < exact - max(theirs), "scores are computed in full from bf16 features"
 
 
 # 7. The probe stopped far from its optimum: ten epochs at one learning rate.
@@ -372,3 +447,44 @@ def test_11_a_probe_in_bfloat16_finishes(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "colours", {"train": 12, "val": 6, "test": 6})
     found = measure(tmp_path, "linear,clip_benchmark_probe", f"imagefolder:{folder}", precision="bf16")
     assert set(found) == {"linear/colours", "clip_benchmark_probe/colours"}
+
+
+# And what was written varied from run to run: the columns of its table were the elements of a set.
+
+_WRITES = """
+import sys
+from vlbench.cli import main
+data, fresh, stored, html = sys.argv[1:]
+model = "tests.verbs.toy_backbone:build"
+words = ["--tasks", "zeroshot,linear,knn", "--data", data, "--device", "cpu", "--workers", "0", "--results", fresh]
+assert main(["eval", "--model", model, *words]) == 0
+assert main(["leaderboard", "--results", stored, "--html", html]) == 0
+assert main(["compare", "one", "two", "--results", stored]) == 0
+"""
+
+
+def test_11_what_is_written_does_not_depend_on_the_seed_of_hashes(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "colours", {"train": 8, "test": 8})
+    for name, build in (("one", "build"), ("two", "build_other")):
+        model = f"tests.verbs.toy_backbone:{build}"
+        measure(tmp_path, "zeroshot,linear,knn,clip_benchmark_probe", f"imagefolder:{folder}", model=model, name=name)
+    written = []
+    for seed in ("0", "1"):
+        fresh, html, environment = tmp_path / f"fresh{seed}", tmp_path / f"{seed}.html", {"PYTHONHASHSEED": seed}
+        words = [f"imagefolder:{folder}", str(fresh), str(tmp_path / "results"), str(html)]
+        call = [sys.executable, "-c", _WRITES, *words]
+        done = subprocess.run(call, env=os.environ | environment, capture_output=True, text=True, check=True)
+        compared = done.stdout[done.stdout.index("sortable, in one file") :]
+        results = {}
+        for file in sorted(fresh.rglob("*.json")):
+            result = json.loads(file.read_text("utf-8"))
+            for name in ("created", "seconds", "images_per_second", "peak_memory_mib", "commit"):
+                result.pop(name, None)  # what time and machine decide
+            results[str(file.relative_to(fresh))] = json.dumps(result)  # in the order of the file
+        assert len(results) == 3
+        rows = {str(file.relative_to(fresh)): file.read_bytes() for file in sorted(fresh.rglob("*.parquet"))}
+        assert len(rows) == 3
+        page = (tmp_path / "results" / "LEADERBOARD.md").read_bytes()
+        written.append((page, html.read_bytes(), compared, results, rows))
+    for one, other in zip(*written, strict=True):
+        assert one == other
