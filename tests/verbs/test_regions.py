@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,11 +17,15 @@ import torch
 from tests.data.making import png, write_files
 from tests.data.regions.calibrated import NAME, calibrated
 from tests.data.regions.test_regions import b64
-from vlbench.cli import main
+from vlbench.cli import build_parser, main
+from vlbench.core.catalog import RECIPES
+from vlbench.core.config import override
+from vlbench.data.regions.extract import Extracted
 from vlbench.data.regions.npz import NpzFolder
 from vlbench.data.regions.open import open_regions
 from vlbench.data.weak.corpus import open_corpus
 from vlbench.models.weights import read_checkpoint
+from vlbench.verbs.regions import summary_lines
 
 N = 9
 DETECTOR = ("--detector", NAME, "--min-size", "64", "--max-size", "96", "--min-score", "0", "--max-regions", "4")
@@ -110,6 +116,43 @@ def test_regions_are_made_once_and_what_was_done_is_said(images, weights, featur
     assert all(path.is_file() for path in gone)
     assert main([*call, "--max-regions", "5"]) == 2
     assert "holds regions made with max_regions 4 (now 5); name another folder" in capsys.readouterr().err
+
+
+def commands(printed: str) -> dict[str, list[str]]:
+    """What ``next:`` and ``then:`` say to do, as a shell would read it."""
+    lines = [line.partition(": ") for line in printed.splitlines()]
+    return {head: shlex.split(rest, comments=True) for head, _, rest in lines if head in ("next", "then")}
+
+
+def test_what_to_do_next_runs_as_it_is_printed(images, features, weights, tmp_path, monkeypatch, capsys):
+    """But for the sentences, whose file is the reader's, and for a run of 500,000 steps."""
+    call = ["data", "regions", images, "--out", str(features), "--weights", str(weights), *DETECTOR, *HERE]
+    assert main(call) == 0
+    said = commands(capsys.readouterr().out)
+    monkeypatch.chdir(tmp_path)
+    pool_of(features, tmp_path / "SENTENCES")
+    assert said["next"][0] == said["then"][0] == "vlbench"
+    assert main([*said["next"][1:], "--chunker", "tags"]) == 0
+    short = [setting for setting in (*TINY, *STREAM, "max_bad=0.5") if not setting.startswith("bert=")]
+    words = [*said["then"][1:], "--out", "run", *(word for setting in short for word in ("--set", setting))]
+    assert main(words) == 0
+    assert read_checkpoint("run/ckpt.pt")["config"]["feature_width"] == 1024
+
+
+@pytest.mark.parametrize("out", ["it's mine", "2024", "[a]", "/a: b #1", "$HOME/*"])
+def test_what_to_do_next_is_quoted(out):
+    specs = ["wds:my data/{000..009}.tar", "hf:DIR?label=a&split=b", "shapes:pairs?root=w"]
+    detector = SimpleNamespace(identity={"detector": "d", "weights": "w"}, width=7)
+    lines = summary_lines(Path(out), specs, detector, Extracted(3), seconds=1.0, split="val")
+    said = commands("\n".join(lines))
+    parser, _ = build_parser()
+    found = parser.parse_args(said["next"][1:])
+    assert (found.spec, found.features, found.split) == (specs, out, "val")
+    found = parser.parse_args(said["then"][1:])
+    assert (found.recipe, found.preset, found.data) == ("muvla", "paper", specs)
+    config = override(RECIPES.get("muvla").presets["paper"], found.set)
+    assert (config.corpus, config.feature_width, config.bert) == ("weak.arrow", 7, None)
+    assert Path(config.features) == Path(out)
 
 
 def test_random_weights_are_called_so(images, tmp_path, capsys):

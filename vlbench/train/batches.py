@@ -18,12 +18,12 @@ from torch.utils.data import Sampler
 
 from vlbench.core.errors import BadExample, UserError
 from vlbench.core.fingerprint import fingerprint_words
-from vlbench.core.types import Example, Part, Recipe, Sample, Source
+from vlbench.core.types import Example, Part, Recipe, Region, Sample, Source
 from vlbench.data.images import decode
 from vlbench.data.loading import loaded
 from vlbench.data.prompting import draw_text
 from vlbench.data.shard_order import ByShard, shard_sizes
-from vlbench.data.sources import open_source
+from vlbench.data.sources import open_source, without_images
 from vlbench.data.spec import parse_spec
 from vlbench.data.stream import BadTally, Mixture
 from vlbench.data.transforms import augment
@@ -38,6 +38,7 @@ S = TypeVar("S")
 PREFETCH = 4
 """Batches that each loader process keeps ready."""
 _ALONE = Ranks()
+_NO_PIXELS = torch.empty(3, 0, 0, dtype=torch.uint8)
 _QUESTIONS = frozenset({"question", "pair", "hypothesis", "expression"})
 
 
@@ -73,7 +74,8 @@ def open_mixture(recipe: Recipe, config: PretrainConfig, *, here: Ranks = _ALONE
             raise UserError(f"data {source.spec!r} has neither texts nor labels, and {learner} learns from texts")
         if "regions" in lacking:
             raise UserError(f"data {source.spec!r} has no regions, and {learner} learns from them; leave it out")
-    return Mixture(
+    mixture = Mixture if needs else _Unread
+    return mixture(
         sources,
         [spec.weight for spec in specs],
         config.seed,
@@ -132,14 +134,33 @@ def data_identity(config: PretrainConfig, mixture: Mixture) -> list[dict[str, An
     ]
 
 
+class _Unread(Mixture):
+    """A mixture of which nothing but ids is needed: no image is read, nor need it be there.
+
+    Sources that know of their images from a table (csv, coco, karpathy, multi30k, voc) give ids without the files.
+    Folders and shards find their images by looking, so there the files must lie; of shards the rest is read along.
+    """
+
+    def _read(self, source: int, index: int) -> tuple[Example, int]:
+        example = without_images(self.sources[source], index)
+        return example, -1 if example.label is None else int(self._labels[source][example.label])
+
+
 class Samples:
-    """The sample at each position of the stream."""
+    """The sample at each position of the stream.
+
+    Where the recipe needs nothing of an example, no image is decoded or augmented, and the sample's has no pixel. One
+    that reads something else by an example's id may have
+    ``regions_of(config, example, size)``: the regions in place of the example's own, in pixels of the image of that
+    width and height (None: not decoded). It raises BadExample for an example that the recipe has nothing for.
+    """
 
     def __init__(self, recipe: Recipe, config: PretrainConfig, mixture: Mixture) -> None:
         self.recipe = recipe
         self.config = config
         self.mixture = mixture
         self._needs = recipe.needs_of(config)
+        self._regions_of = getattr(recipe, "regions_of", None)
         self._templates = [named_templates(config.templates, source.templates) for source in mixture.sources]
 
     def __call__(self, position: int) -> tuple[Sample, tuple[BadExample, ...]]:
@@ -148,22 +169,31 @@ class Samples:
         return self.mixture.sample(position, partial(self._make, self._templates[source]))
 
     def _make(self, templates: Sequence[str], example: Example, label: int, rng: np.random.Generator) -> Sample:
+        if not self._needs:
+            self._regions(example, None)
+            return Sample(_NO_PIXELS, None, label, id=example.id, seed=int(rng.integers(2**63)))
         assert example.image is not None, "the mixture checks this"
         side = self.config.visual.image_size
         image = decode(example.image, where=example.id)
         image_CHW, view = augment(image, rng, self.config.augment, (side, side), fill=self.config.eval_images.mean)
         text = self._text(templates, example, label, rng) if "text" in self._needs else None
-        with_regions = "regions" in self._needs
+        regions = self._regions(example, image.size)
         return Sample(
             image_CHW=image_CHW,
             text=text,
             label=label,
             flipped=view.flipped,
             id=example.id,
-            regions=view.regions(example.regions) if with_regions else (),
-            categories=frozenset(region.category for region in example.regions) if with_regions else frozenset(),
+            regions=view.regions(regions),
+            categories=frozenset(region.category for region in regions),
             seed=int(rng.integers(2**63)),
         )
+
+    def _regions(self, example: Example, size: tuple[int, int] | None) -> Sequence[Region]:
+        if self._regions_of is not None:
+            found: Sequence[Region] = self._regions_of(self.config, example, size)
+            return found
+        return example.regions if "regions" in self._needs else ()
 
     def _text(self, templates: Sequence[str], example: Example, label: int, rng: np.random.Generator) -> str:
         classname = self.mixture.classes[label] if label >= 0 else None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlbench.core.config import tree
 from vlbench.core.errors import UserError
 from vlbench.verbs.machine import choose_device, choose_workers
 from vlbench.verbs.progress import EncodingProgress
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from vlbench.data.regions.extract import Extracted
 
 _SHOWN = 3
+_CORPUS = "weak.arrow"
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,14 +52,25 @@ def run(args: argparse.Namespace) -> int:
         progress.close()
     if not done.written + done.kept:
         raise UserError(f"not one image could be read: {done.bad.summary()}")
-    print("\n".join(summary_lines(out, args.spec, detector, done, seconds=time.monotonic() - began)))
+    seconds = time.monotonic() - began
+    print("\n".join(summary_lines(out, args.spec, detector, done, seconds=seconds, split=args.split)))
     return 0
 
 
 def summary_lines(
-    out: Path, specs: list[str], detector: TorchvisionDetector, done: Extracted, *, seconds: float
+    out: Path,
+    specs: list[str],
+    detector: TorchvisionDetector,
+    done: Extracted,
+    *,
+    seconds: float,
+    split: str | None = None,
 ) -> list[str]:
-    """What was found, as a person reads it, and what to do with it."""
+    """What was found, as a person reads it, and what to do with it.
+
+    The commands run as they are printed, but for SENTENCES, which is the reader's file. The paper's start, BERT's
+    weights, is another such file and can be done without: a vocabulary is learnt instead.
+    """
     made_by = detector.identity
     lines = [f"{out}: regions of {done.written + done.kept:,} images, {done.written:,} made in {seconds:,.0f} s"]
     lines += _line("images from", " + ".join(specs))
@@ -71,11 +86,21 @@ def summary_lines(
         lines += _line("left out", f"{len(wheres):,} images: {kind}: {', '.join(list(wheres)[:_SHOWN])}{more}")
     if str(made_by["weights"]).startswith("random"):
         lines.append("note: the detector's weights are random: these regions say nothing of the images")
-    spec, data = " ".join(specs), " ".join(f"--data {spec}" for spec in specs)
-    lines.append(f"next: vlbench data weakly-align {spec} --features {out} --pool SENTENCES --out weak.arrow")
-    settings = f"--set corpus=weak.arrow --set features={out} --set feature_width={detector.width}"
-    lines.append(f"then: vlbench pretrain muvla --preset paper {data} {settings}")
+    corpus = ["data", "weakly-align", *specs, *(("--split", split) if split else ()), "--features", str(out)]
+    lines.append(f"next: {shlex.join(['vlbench', *corpus, '--pool', 'SENTENCES', '--out', _CORPUS])}")
+    training = ["vlbench", "pretrain", "muvla", "--preset", "paper"]
+    training += [word for spec in specs for word in ("--data", spec)]
+    settings = (f"corpus={_CORPUS}", f"features={_as_value(out)}", f"feature_width={detector.width}", "bert=null")
+    training += [word for setting in settings for word in ("--set", setting)]
+    lines.append(f"then: {shlex.join(training)}")
+    lines.append("      (bert=null starts from nothing; bert=FOLDER, of bert-base-uncased's files, as the paper does)")
     return lines
+
+
+def _as_value(path: Path) -> str:
+    """``path`` as ``--set`` reads it back: ``2024`` would be a number there, ``[a]`` a list."""
+    ways = (str(path), json.dumps(str(path)), f"./{path}")
+    return next(text for text in ways if isinstance(read := tree([f"x={text}"])["x"], str) and Path(read) == path)
 
 
 def _line(what: str, text: str) -> list[str]:

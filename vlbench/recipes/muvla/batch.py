@@ -16,7 +16,7 @@ Shapes: B batch, L words, R regions, F width of a region's feature.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -29,10 +29,11 @@ from vlbench.data.regions.features import box_vector
 from vlbench.data.weak.corpus import Corpus, Link
 from vlbench.data.wordpiece import END, MASK, START, WordPieceTokenizer
 from vlbench.models.single_stream import IGNORED
+from vlbench.recipes.muvla.grid import cell_boxes
 
 Objective: TypeAlias = Literal["rt", "rn", "is"]
 _ANY_LENGTH = 1 << 20
-_TRIES = 20  # for a sentence of another image that is none of this image's own
+_TRIES = 20  # random ones, for a sentence of another image that is none of this image's own
 _ROWS = {
     "rt": ("words", "labels", "owners", "masked", "zeroed"),
     "rn": ("words", "labels", "masked", "zeroed", "region_labels"),
@@ -86,6 +87,8 @@ class Masking:
     """Of a linked phrase or region whose similarity is 1."""
     linked_only: bool = True
     """RN: mask linked phrases or regions, one modality a row. False: any words, and linked regions beside them."""
+    phrase_words: bool = False
+    """RN, where not ``linked_only``: of the words, those that occur in a phrase of the sentence; of none, all."""
     hidden: float = 0.8
     """Share of the masked words that become ``[MASK]``."""
     random: float = 0.1
@@ -128,6 +131,8 @@ class Sentence:
 
     text: str
     links: tuple[tuple[Link, int], ...]
+    phrases: tuple[Link, ...] = ()
+    """All links of the sentence, whether their regions are in the view or not."""
 
 
 class Batcher:
@@ -143,6 +148,7 @@ class Batcher:
         longest: words of a row at most, ``[CLS]`` and ``[SEP]`` included.
         most_regions: regions of an image at most.
         features: fixed features of an image's regions, instead of its pixels.
+        grid: cells each way that stand in for regions, whatever regions there are; None: the regions.
         released_rows: whether MLM and ITM of IS have rows of their own.
     """
 
@@ -158,6 +164,7 @@ class Batcher:
         longest: int,
         most_regions: int,
         features: Callable[[str], View] | None = None,
+        grid: int | None = None,
         released_rows: bool = False,
     ) -> None:
         self.vocabulary, self.tags = vocabulary, tags
@@ -165,6 +172,7 @@ class Batcher:
         self.corpus, self.k = corpus, k
         self.longest, self.most_regions = longest, most_regions
         self.features = features
+        self.cells_R4 = None if grid is None else cell_boxes(grid)
         self.released_rows = released_rows
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
@@ -202,6 +210,10 @@ class Batcher:
         if self.features is not None:
             view = self.features(sample.id)
             view.places = self._places(sample.id, view.tags)
+        elif self.cells_R4 is not None:  # of the crop, and none is left out
+            _, height, width = sample.image_CHW.shape
+            boxes_R4 = self.cells_R4 * np.array([width, height, width, height], dtype=np.float32)
+            return View(boxes_R4, box_vector(self.cells_R4, 1, 1), [""] * len(boxes_R4), [])
         else:
             boxes_R4 = np.array([region.box_xyxy for region in sample.regions], dtype=np.float32).reshape(-1, 4)
             _, height, width = sample.image_CHW.shape
@@ -261,20 +273,31 @@ class Batcher:
             return None
         chosen = found[int(rng.integers(len(found)))]
         here = {place: region for region, place in enumerate(view.places)}
-        return Sentence(chosen.text, tuple((link, here[link.region]) for link in chosen.links if link.region in here))
+        links = tuple((link, here[link.region]) for link in chosen.links if link.region in here)
+        return Sentence(chosen.text, links, chosen.links)
 
     def _other(self, image_id: str, rng: np.random.Generator) -> str:
         """A sentence retrieved for a random other image and not for this one."""
         assert self.corpus is not None, "sentences need a corpus"
         own = {found.text for found in self.corpus[image_id]}
-        for _ in range(_TRIES):
-            entry = self.corpus.entry(int(rng.integers(len(self.corpus))))
+        for row in self._rows_drawn(rng):
+            entry = self.corpus.entry(row)
             texts = [found.text for found in entry.aligned[: self.k] if found.text not in own]
             if entry.id != image_id and texts:
                 return texts[int(rng.integers(len(texts)))]
         raise UserError(
             f"{self.corpus.path}: there is no sentence of another image that {image_id!r} does not have too"
         )
+
+    def _rows_drawn(self, rng: np.random.Generator) -> Iterator[int]:
+        """Rows of the corpus at random and then, where images share most sentences, all in turn from a random one."""
+        assert self.corpus is not None, "sentences need a corpus"
+        rows = len(self.corpus)
+        for _ in range(_TRIES):
+            yield int(rng.integers(rows))
+        first = int(rng.integers(rows))
+        for step in range(rows):
+            yield (first + step) % rows
 
     # ----------------------------------------------------------------------------------------------- masking
 
@@ -287,22 +310,31 @@ class Batcher:
         return row
 
     def _phrase_row(self, sentence: Sentence | None, view: View, rng: np.random.Generator) -> Row:
-        """RN: a linked phrase or a linked region is masked with probability ``linked * similarity``."""
+        """RN: a linked phrase or a linked region is masked with probability ``linked * similarity``.
+
+        Nothing is linked with the cells of a grid: phrases that tags have found are masked in every row, and no cell.
+        """
         text, links = (sentence.text, sentence.links) if sentence is not None else ("", ())
+        on_grid = self.cells_R4 is not None
+        if on_grid and sentence is not None:
+            links = tuple((link, -1) for link in sentence.phrases)
         words, spans = self._spans(text, [link for link, _ in links])
         row = Row(words=words, region_labels=[IGNORED] * len(view.tags))
-        in_words, linked = rng.random() < 0.5, self.masking.linked
+        in_words, linked = rng.random() < 0.5 or on_grid, self.masking.linked
         masked_L = np.zeros(len(words), dtype=bool)
         masked_R = np.zeros(len(view.tags), dtype=bool)
         if not self.masking.linked_only:
             masked_L[1:-1] = rng.random(len(words) - 2) < self.masking.words
+            if self.masking.phrase_words and sentence is not None and sentence.phrases:
+                known = [word for link in sentence.phrases for word in self.vocabulary.encode(link.phrase)]
+                masked_L &= np.isin(words, known)
         elif in_words:
             likeness: dict[tuple[int, int], float] = {}  # two regions may share a phrase, which is then drawn once
             for (link, _), span in zip(links, spans, strict=True):
                 likeness[span] = max(likeness.get(span, 0.0), link.score)
             for (start, stop), score in sorted(likeness.items()):
                 masked_L[start:stop] |= rng.random() < linked * score
-        if not (self.masking.linked_only and in_words):
+        if not on_grid and not (self.masking.linked_only and in_words):
             for (link, region), (start, stop) in zip(links, spans, strict=True):
                 if stop > start and rng.random() < linked * link.score:
                     masked_R[region] = True

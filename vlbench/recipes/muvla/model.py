@@ -17,6 +17,7 @@ from torch import nn
 from vlbench.models.roi import RegionTower, blank
 from vlbench.models.single_stream import IGNORED, Heads, Regions, SingleStream, StreamConfig
 from vlbench.recipes.muvla.batch import Objective
+from vlbench.recipes.muvla.grid import GridTower
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -36,7 +37,7 @@ class RegionTextModel(nn.Module):
 
     Args:
         stream: sizes of the transformer.
-        objectives: what is trained; nothing is built that they do not use.
+        objectives: what is trained; nothing is built that they do not use: of none, neither stream nor heads.
         words: the vocabulary's size.
         tags: classes of regions.
         visual: where region features come from; None: from the batch.
@@ -56,7 +57,7 @@ class RegionTextModel(nn.Module):
         objectives: Sequence[Objective],
         words: int,
         tags: int,
-        visual: RegionTower | None,
+        visual: RegionTower | GridTower | None,
         feature_width: int,
         regress: bool = False,
         regress_seen: bool = False,
@@ -72,24 +73,29 @@ class RegionTextModel(nn.Module):
         self.regress_seen, self.released_rows = regress_seen, released_rows
         classifies = "rt" in objectives or (released_rows and "is" in objectives)
         width = visual.width if visual is not None else feature_width
-        # One name for all that reads words: presets may train it at another rate than the tower.
-        self.text_stream = SingleStream(
-            stream,
-            words=words,
-            feature_width=width,
-            image_width=visual.tower.width if visual is not None and image_token else None,
-            sentences="rn" in objectives or "is" in objectives,
-            tags="rt" in objectives,
-        )
-        self.detector = nn.Linear(width, tags) if visual is not None and classify else None
-        self.text_heads = Heads(
-            stream.width,
-            words=words,
-            tags=tags if classifies else None,
-            feature_width=width if regress and ("rt" in objectives or released_rows) else None,
-            match="is" in objectives,
-            init_std=stream.init_std,
-        )
+        self.detector: nn.Linear | None = None
+        if objectives:
+            # One name for all that reads words: presets may train it at another rate than the tower.
+            self.text_stream = SingleStream(
+                stream,
+                words=words,
+                feature_width=width,
+                image_width=visual.tower.width if visual is not None and image_token else None,
+                sentences="rn" in objectives or "is" in objectives,
+                tags="rt" in objectives,
+            )
+        if visual is not None and classify:
+            self.detector = nn.Linear(width, tags)
+        if objectives:
+            self.text_heads = Heads(
+                stream.width,
+                words=words,
+                tags=tags if classifies else None,
+                feature_width=width if regress and ("rt" in objectives or released_rows) else None,
+                match="is" in objectives,
+                init_std=stream.init_std,
+            )
+        self.reads_image = bool(objectives) and self.text_stream.image is not None
 
     def forward(self, batch: Batch, images_BCHW: torch.Tensor | None = None) -> dict[str, Read]:
         """All predictions of a batch by name; ``match`` and ``rn_match`` hold the logits of each row's pair."""
@@ -97,7 +103,7 @@ class RegionTextModel(nn.Module):
         found: dict[str, Read] = {}
         if self.detector is not None:
             # The last objective's regions: IS sees all pixels, where masked ones are blanked out for others.
-            features_BRF = regions[self.objectives[-1]].features_BRF
+            features_BRF = list(regions.values())[-1].features_BRF
             known_BR = batch["valid_BR"] & (batch["tags_BR"] != IGNORED)
             found["roi_tags"] = Read(self.detector(features_BRF[known_BR]), batch["tags_BR"][known_BR], _rows(known_BR))
         if "rt" in regions:
@@ -133,26 +139,37 @@ class RegionTextModel(nn.Module):
         """Regions from images and boxes in their pixels, or (no tower) from features."""
         if self.visual is None:
             return Regions(given["features_BRF"], box_BR5, valid_BR)
-        features_BRF, pooled_BP = self.visual(given["images_BCHW"], given["boxes_BR4"])
-        return Regions(features_BRF, box_BR5, valid_BR, pooled_BP if self.text_stream.image is not None else None)
+        features_BRF, pooled_BP = self._see(given["images_BCHW"], given["boxes_BR4"])
+        return Regions(features_BRF, box_BR5, valid_BR, pooled_BP)
 
-    def _regions(self, batch: Batch, images_BCHW: torch.Tensor | None) -> dict[Objective, Regions]:
-        """The image side of each objective. They share it, unless masked regions are blanked out."""
+    def _see(self, images_BCHW: torch.Tensor, boxes_BR4: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``features_BRF`` and, where the stream has a token of it, ``pooled_BP``."""
+        assert self.visual is not None, "a tower sees"
+        features_BRF, pooled_BP = self.visual(images_BCHW, boxes_BR4)
+        if self.reads_image:
+            return features_BRF, pooled_BP
+        # What pools has weights in some towers: ranks wait for their gradients, which are then zero.
+        return features_BRF + 0.0 * pooled_BP.sum(), None
+
+    def _regions(self, batch: Batch, images_BCHW: torch.Tensor | None) -> dict[str, Regions]:
+        """The image side of each objective, in their order; without any, one for the detector.
+
+        They share it, unless masked regions are blanked out.
+        """
         box_BR5, valid_BR = batch["box_BR5"], batch["valid_BR"]
         if self.visual is None:
             regions = self.read_regions(box_BR5, valid_BR, features_BRF=batch["features_BRF"])
             return dict.fromkeys(self.objectives, regions)
         assert images_BCHW is not None, "a tower reads images"
         boxes_BR4 = batch["boxes_BR4"]
-        if not self.mask_pixels:
+        if not self.mask_pixels or not self.objectives:
             regions = self.read_regions(box_BR5, valid_BR, images_BCHW=images_BCHW, boxes_BR4=boxes_BR4)
-            return dict.fromkeys(self.objectives, regions)
+            return dict.fromkeys(self.objectives or ("tags",), regions)
         views = [
             blank(images_BCHW, boxes_BR4, batch[f"{name}_zeroed"]) if name != "is" else images_BCHW
             for name in self.objectives
         ]
-        features, pooled = self.visual(torch.cat(views), boxes_BR4.repeat(len(views), 1, 1))
-        whole = pooled if self.text_stream.image is not None else None
+        features, whole = self._see(torch.cat(views), boxes_BR4.repeat(len(views), 1, 1))
         return {
             name: Regions(
                 features.chunk(len(views))[number],

@@ -81,7 +81,10 @@ CODE: Values = {
     "schedule.warmup": (3_250, "13,000 of 130,000 [M:pretrain.yaml]: computed"),
     "stream.modality_embedding": (False, "[M:mmf/modules/embeddings.py]"),
     "stream.sentence_norm": (False, "[M:mmf/modules/embeddings.py]"),
-    "rn_masking": ("uniform", "the final configuration [M:pretrain.yaml]"),
+    "rn_masking": (
+        "uniform",
+        "the final configuration [M:pretrain.yaml]; RN alone: phrases [M@9a8ef56:phrase_region.yaml, bert_processors]",
+    ),
     "rows": ("released", "[M:pretrain.yaml; visual_bert.py]"),
     "mrfr": ("smooth_l1", "[M:visual_bert.py]"),
     "mrfr_target": ("seen", "[M:visual_bert.py], whose regions are masked in place"),
