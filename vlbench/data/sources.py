@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 from vlbench.core.catalog import READERS
@@ -14,6 +15,9 @@ from vlbench.data.spec import DataSpec, local_path, parse_spec
 
 UNSPLIT = "all"
 """What the ``split`` of a source is called where the data have no splits."""
+
+OF_ANY = {"share": "of the training split, this share alone", "share_seed": "which share of that size (default: 0)"}
+"""Options of any kind of data, which its reader does not see. What is opened without a split is trained on."""
 
 _ALIASES = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}
 
@@ -143,14 +147,14 @@ def open_source(spec: str | DataSpec, split: str | None = None) -> Source:
     """Open one split of a data set.
 
     Args:
-        spec: a data spec; its weight is ignored here.
+        spec: a data spec; its weight is ignored here. Of ``?share=0.5`` see ``OF_ANY``.
         split: ``train``, ``val``, ``test`` (or an alias, or a name of the data's own). None: the whole of unsplit data,
             else ``train``, else the only split there is.
 
     Raises:
         UserError: for an unknown reader or option, data that are absent, or a split that the data lack.
     """
-    spec, reader = _reader(spec)
+    spec, reader, part = _reader(spec)
     present = reader.splits(spec)
     if split is None:
         if present and "train" not in present and len(present) > 1:
@@ -161,18 +165,19 @@ def open_source(spec: str | DataSpec, split: str | None = None) -> Source:
         if chosen not in present:
             has = f"it has {_listed(present)}" if present else "its content is not divided into splits"
             raise UserError(f"data {spec.bare!r}: there is no split {split!r}; {has}")
-    return reader.open(spec, chosen)
+    source = reader.open(spec, chosen)
+    return _part_of(source, part) if part and (split is None or chosen == "train") else source
 
 
 def list_splits(spec: str | DataSpec) -> tuple[str, ...]:
     """The splits that the data have, by standard names where there are such; ``()`` for unsplit data."""
-    spec, reader = _reader(spec)
+    spec, reader, _ = _reader(spec)
     return reader.splits(spec)
 
 
 def is_present(spec: str | DataSpec) -> bool:
     """Whether the data are on this machine, so that a task can be run rather than skipped."""
-    spec, reader = _reader(spec)
+    spec, reader, _ = _reader(spec)
     return reader.present(spec) if reader.present is not None else local_path(spec).exists()
 
 
@@ -209,12 +214,32 @@ def check_options(spec: DataSpec, known: Mapping[str, str]) -> None:
             raise UserError(f"data {spec.bare!r}: {unknown(f'option of {spec.kind}', key, known)}")
 
 
-def _reader(spec: str | DataSpec) -> tuple[DataSpec, Reader]:
+def _reader(spec: str | DataSpec) -> tuple[DataSpec, Reader, dict[str, str]]:
+    """The spec as its reader knows it, the reader, and the options of any kind of data."""
     spec = parse_spec(spec) if isinstance(spec, str) else spec
     reader: Reader = READERS.get(spec.kind)
     if reader.options is not None:
-        check_options(spec, reader.options)
-    return spec, reader
+        check_options(spec, {**reader.options, **OF_ANY})
+    part = {key: value for key, value in spec.options.items() if key in OF_ANY}
+    own = {key: value for key, value in spec.options.items() if key not in OF_ANY}
+    return replace(spec, options=own), reader, part
+
+
+def _part_of(source: Source, part: Mapping[str, str]) -> Source:
+    """The entries whose ids, hashed, come first: whatever the order and the machine, a small share in a larger one."""
+    spec = f"{source.spec}{'&' if '?' in source.spec else '?'}{'&'.join(f'{key}={part[key]}' for key in part)}"
+    try:
+        share = float(part.get("share", ""))
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise UserError(f"data {spec!r}: a share is above 0 and at most 1, for instance ?share=0.5")
+    seed, ids = part.get("share_seed", "0"), source.ids()
+    keys = [hashlib.blake2b(f"{seed}\n{name}".encode(), digest_size=8).digest() for name in ids]
+    first = sorted(range(len(ids)), key=keys.__getitem__)[: max(1, round(share * len(ids)))]
+    chosen = Subset(source, sorted(first), split=source.split)
+    chosen.spec = spec  # another data set, for whoever says or compares what was read
+    return chosen
 
 
 def _listed(names: Iterable[str]) -> str:
