@@ -124,6 +124,60 @@ def test_paper_model_has_the_published_size() -> None:
     assert size / 1e6 == pytest.approx(91.9 + 67.15, abs=0.05)
 
 
+# torchvision's own counts, less the classifier's.
+RESNET50, RESNET101, WIDE50 = (whole - 2049 * 1000 for whole in (25_557_032, 44_549_160, 68_883_240))
+
+
+@pytest.mark.parametrize(
+    ("preset", "tower", "layers", "width", "directions"),
+    [
+        ("paper", RESNET50, 1, 2048, 2),
+        ("paper_h512", RESNET50, 1, 512, 2),
+        ("paper_h768", RESNET50, 1, 768, 2),
+        ("paper_h1024", RESNET50, 1, 1024, 2),
+        ("paper_l2", RESNET50, 2, 1024, 2),
+        ("paper_l3", RESNET50, 3, 1024, 2),
+        ("paper_l4", RESNET50, 4, 1024, 2),
+        ("paper_w2x", WIDE50, 1, 1024, 2),
+        ("paper_r101", RESNET101, 1, 1024, 2),
+        ("paper_captioning", RESNET50, 1, 2048, 1),
+        ("paper_masked_lm", RESNET50, 1, 2048, 1),
+    ],
+)
+def test_presets_have_the_size_of_their_layers(
+    preset: str, tower: int, layers: int, width: int, directions: int
+) -> None:
+    """A decoder's block: two attentions, a feed-forward of four widths, three norms. Directions share all else."""
+    config = RECIPE.presets[preset]
+    with torch.device("meta"):
+        model = KNOWING.build(config, ())
+    attention, feed_forward, norm = 4 * (width**2 + width), 8 * width**2 + 5 * width, 2 * width
+    block = 2 * attention + feed_forward + 3 * norm
+    shared = (2048 + 1) * width + 30 * width + norm  # the image's projection, positions, the embedding's norm
+    tied = width + 1  # a word's embedding, which is its output too, and its bias
+    head = layers * directions * block + shared + len(WORDS) * tied
+    assert sum(parameter.numel() for parameter in model.visual.parameters()) == tower
+    assert sum(parameter.numel() for parameter in model.textual.parameters()) == head
+    assert config.vocabulary_size == 10_000
+
+
+@pytest.mark.parametrize(
+    ("preset", "outputs"), [("paper_token_classification", len(WORDS)), ("paper_multilabel", 1 + 3)]
+)
+def test_presets_without_a_decoder_are_a_network_and_a_linear_layer(preset: str, outputs: int) -> None:
+    config = RECIPE.presets[preset]
+    with torch.device("meta"):
+        model = KNOWING.build(config, ())
+    assert sum(parameter.numel() for parameter in model.parameters()) == RESNET50 + (2048 + 1) * outputs
+    assert config.vocabulary_size == 10_000
+
+
+def test_every_published_size_is_tested() -> None:
+    of = [test_presets_have_the_size_of_their_layers, test_presets_without_a_decoder_are_a_network_and_a_linear_layer]
+    tested = {row[0] for test in of for mark in test.pytestmark for row in mark.args[1]}  # type: ignore[attr-defined]
+    assert tested == set(RECIPE.presets) - {"tiny"}
+
+
 def test_impossible_settings_are_one_clear_line() -> None:
     for change, words in (
         ("head=H16", "write it as L<layers>_H<width>"),

@@ -1,4 +1,4 @@
-"""Sharded runs of contrastive recipes over two ranks: their captions are of any length, and their losses gather too."""
+"""Sharded runs of every recipe with texts over two ranks: captions are of any length, and losses gather too."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ from vlbench.train.distributed import ranks, session
 from vlbench.train.loop import fit
 from vlbench.train.sharding import clip_gradients, shard_weights
 
+NARROW = {"virtex": ["head=L1_H32"], "muvla": ["stream.width=32", "stream.heads=2", "roi.strides=[16]"]}
+"""What makes a recipe small that has no text tower of CLIP's kind."""
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -36,9 +39,10 @@ def settings(recipe: str, world: Path, *words: str) -> Any:
     In one of the steps, one rank's captions are short and long ones, and the other's are all short or all long.
     """
     run = ["visual.arch=timm:test_vit", "batch_size=8", "steps=2", "workers=0", "log_every=1", "optim.lr=1e-3"]
+    run += NARROW.get(recipe, ["text.width=32"])
     tiny = RECIPES.get(recipe).presets["tiny"]
     data = [re.sub(r"^shapes:\w+", rf"\g<0>?root={world}", spec) for spec in tiny.data]
-    return override(tiny.model_copy(update={"data": tuple(data)}), [*run, "text.width=32", *words])
+    return override(tiny.model_copy(update={"data": tuple(data)}), [*run, *words])
 
 
 def train(recipe: str, config: Any, out: Path, **more: Any) -> None:
@@ -54,6 +58,11 @@ def train(recipe: str, config: Any, out: Path, **more: Any) -> None:
         ("unicl", []),
         ("unicl", ["variant=multi_task"]),
         ("align", ["visual.arch=timm:test_resnet"]),  # BatchNorm's batch is a rank's, with shards and without
+        ("virtex", []),
+        ("virtex", ["variant=masked_lm", "visual.arch=timm:test_resnet"]),
+        ("virtex", ["variant=multilabel"]),
+        ("virtex", ["optim.name=sgd", "optim.lr=0.02", "optim.lookahead_steps=2"]),  # shards pulled to slow weights
+        ("muvla", []),
     ],
 )
 def test_sharded_run_is_the_unsharded_one(recipe: str, words: list[str], world: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from tests.data.filters.planting import (
     smooth_image,
     tree,
 )
+from tests.data.filters.test_run import die_at_rename, in_a_process
 from tests.data.making import encoded, write_files, write_tar
 from vlbench.cli import main
 from vlbench.data.filters.settings import RULES
@@ -87,6 +89,28 @@ def test_exactly_what_was_planted_is_removed_each_under_its_rule(planted, places
     assert "rare-ngram                20          20   a word or pair of words outside" in out
     assert "'a red zq" in out
     assert "bits apart" in out
+
+
+def called_until_rename(number: int, source: Path, target: Path, words: list[str]) -> None:
+    die_at_rename(number)
+    assert call(source, target, *words) == 0
+
+
+def test_killed_again_and_again_it_removes_the_same(planted, places, tmp_path):
+    """All 5,000 pairs, and every restart is a call of its own that comes a few files further than the last."""
+    source, against = places
+    words = [*OPTIONS, "--top-ngrams", str(planted.frequent_ngrams()), "--against", against]
+    words += ["--list-removed", "jsonl", "--workers", "1"]
+    assert call(source, tmp_path / "whole", *words) == 0
+    kills, steps, target = 0, set(), tmp_path / "out"
+    while in_a_process(called_until_rename, 7, source, target, words) == -signal.SIGKILL:
+        kills += 1
+        steps |= {path.name for path in target.glob(".*/*") if path.is_dir()}
+        assert kills < 50
+    assert kills > 5, steps
+    assert steps >= {"scan", "merged", "near", "judged"}
+    assert {row["key"]: row["rule"] for row in rows_of(target)} == planted.rules
+    assert tree(target) == tree(tmp_path / "whole")
 
 
 def test_the_output_is_read_by_the_same_reader(few, tmp_path):

@@ -56,8 +56,8 @@ def expected(source, against, tmp_path_factory) -> dict[str, bytes]:
     return files
 
 
-def run_until_rename(job: Job, number: int) -> None:
-    """Run, and be killed at the ``number``-th file that would get its final name."""
+def die_at_rename(number: int) -> None:
+    """Be killed at the ``number``-th file that would get its final name; for a process that does not come back."""
     seen = 0
     rename = Path.replace
 
@@ -68,7 +68,11 @@ def run_until_rename(job: Job, number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return rename(path, target)
 
-    Path.replace = counted  # in a process of its own, which does not come back
+    Path.replace = counted
+
+
+def run_until_rename(job: Job, number: int) -> None:
+    die_at_rename(number)
     run_filter(job)
 
 
