@@ -70,7 +70,7 @@ def main() -> int:
     print(f"ratio of the times: {ratios[0]:.1f} by the clock, {ratios[1]:.1f} by processor time")
     if done < len(GRID):
         wall, cpu = theirs.seconds[-1] / ours.seconds[-1], theirs.cpu_seconds[-1] / ours.cpu_seconds[-1]
-        print(f"over all {len(GRID)}, each done by vlbench: at least {wall:.1f} by the clock, {cpu:.1f} by processor time")
+        print(f"over all {len(GRID)}, all done here: at least {wall:.1f} by the clock, {cpu:.1f} by processor time")
     ours_best, theirs_best = np.argmax(ours.accuracies[:done]), np.argmax(theirs.accuracies)
     test = compare_outcomes(*(hits(fit, data[2:]) for fit in (ours.fits[ours_best], theirs.fits[theirs_best])))
     print("best accuracy on these fits:", end=" ")
